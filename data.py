@@ -1,0 +1,502 @@
+"""From folders of pictures to batches on the device.
+
+    store = ImageStore("data", cache=default_cache())  # decoded once, mapped into memory
+    manifest = split(store.paths, seed=0)  # {"train": [...], "valid": [...], "test": [...]}
+    rows = store.rows(manifest["train"])
+    images, labels = store.batch(rows[:64], device)  # uint8 (64, 3, 224, 224), int64 (64,)
+    inputs = prepare(images)  # float, normalised
+
+A picture is decoded and resized once, into one file of bytes; from then on a batch is one indexed
+read, one transfer and one set of tensor operations, and no worker process is needed.
+"""
+
+import contextlib
+import functools
+import hashlib
+import math
+import os
+import random
+import shutil
+import sys
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from torch.utils.data import random_split
+from torchvision.datasets import Caltech101
+from torchvision.transforms.v2.functional import pil_to_tensor
+from tqdm import tqdm
+
+DEFAULT_DATA = "data"  # where Caltech101 is downloaded to
+CALTECH101_IMAGES = 8677  # without BACKGROUND_Google, which is no class
+SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+SIZE = 224  # pixels, both sides, of a stored picture
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights use
+AUGMENTATIONS = ("crop", "flip", "color", "erase")
+CROP_SCALE, CROP_RATIO = (0.35, 1.0), (3 / 4, 4 / 3)
+COLOR = 0.3
+ERASE = (0.02, 0.2)
+UNIFORMS = 12  # random numbers that the augmentation of one picture takes
+
+
+class DataError(Exception):
+    """Pictures that can't be used as they are; the message says what to do."""
+
+
+# ------------------------------------------------------------------------ where the pictures are
+
+
+def default_cache() -> str:
+    """Return this program's folder among the user's caches, where the platform keeps those."""
+    home = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": "~/Library/Caches"}.get(
+        sys.platform, os.environ.get("XDG_CACHE_HOME")
+    )
+    return os.path.join(os.path.expanduser(home or "~/.cache"), "alexnet-caltech101")
+
+
+def locate(data: str, cache: str) -> Path:
+    """Return the folder of class folders that `--data` means, drawing or downloading it if need be.
+
+    Raises:
+        DataError: there is none, or it could not be had.
+    """
+    if data == "sample":
+        return draw_sample(Path(cache) / "sample")
+    folder = Path(data)
+    places = [folder / name / "101_ObjectCategories" for name in (".", "caltech101", "caltech-101")]
+    for place in [*places, folder]:
+        if place.is_dir() and class_folders(place):
+            return place
+    if folder.resolve() == Path(DEFAULT_DATA).resolve():
+        return download(folder)
+    problem = "no class folders there" if folder.is_dir() else "no such folder"
+    raise DataError(
+        f"{data}: {problem}; --data takes the folder that holds 101_ObjectCategories or any folder of "
+        "class folders; leave it out to download Caltech101, or try --data sample"
+    )
+
+
+def download(folder: Path) -> Path:
+    """Download Caltech101 (137 MB) into `folder`, and return its folder of class folders.
+
+    It takes its final name when complete; an archive that arrived whole is not fetched twice.
+    """
+    partial, final = folder / ".partial", folder / "caltech101"
+    for leftover in (partial / "caltech101" / name for name in ("101_ObjectCategories", "caltech-101")):
+        shutil.rmtree(leftover, ignore_errors=True)  # an extraction that was cut short
+    print(f"downloading Caltech101 (CC BY 4.0, Li, Andreeto, Ranzato, Perona) to {folder}", flush=True)
+    try:
+        with warnings.catch_warnings():  # the extraction's, about Python 3.14
+            warnings.simplefilter("ignore")
+            Caltech101(partial, download=True)
+        found = len(scan(partial / "caltech101" / "101_ObjectCategories")[0])
+        if found != CALTECH101_IMAGES:
+            raise RuntimeError(f"{found} images arrived instead of {CALTECH101_IMAGES}")
+        os.replace(partial / "caltech101", final)
+        shutil.rmtree(partial)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"Caltech101 could not be downloaded ({error}); try again, or unpack caltech-101.zip from "
+            f"https://data.caltech.edu/records/mzrjq-6wc02 in {folder}, or try --data sample"
+        ) from error
+    return final / "101_ObjectCategories"
+
+
+def class_folders(root: Path) -> list[str]:
+    """Return the names of the class folders in `root`, sorted: their places are the labels."""
+    return sorted(
+        entry.name
+        for entry in os.scandir(root)
+        if entry.is_dir() and not entry.name.startswith(".") and entry.name != "BACKGROUND_Google"
+    )
+
+
+def scan(root: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
+    """List the images in `root`'s class folders, however deep, and the classes that have any.
+
+    Returns:
+        (path relative to `root` with forward slashes, bytes, modification time in ns) of each image
+        by its name, sorted by path; and the classes' names in the order of their labels.
+    """
+    images, classes = [], []
+    for name in class_folders(root):
+        found, visited = [], set()
+        for folder, folders, files in os.walk(root / name, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in visited:  # a link back to where we have been
+                folders.clear()
+                continue
+            visited.add(real)
+            for path in (Path(folder, file) for file in files):
+                if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+                    try:
+                        status = path.stat()
+                        entry = (status.st_size, status.st_mtime_ns)
+                    except OSError:  # a broken link: found to be unreadable when it is decoded
+                        entry = (-1, -1)
+                    found.append((path.relative_to(root).as_posix(), *entry))
+        if found:
+            images += found
+            classes.append(name)
+    return sorted(images), classes
+
+
+def draw_sample(folder: Path, images_per_class: int = 80) -> Path:
+    """Draw the sample data set, 10 classes of shapes, into `folder` unless it is there; return it.
+
+    Colours, size, place, rotation, proportions and background vary. The same pictures come out
+    everywhere.
+    """
+    if folder.is_dir():
+        return folder
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        for name, outline in sample_outlines().items():
+            (temporary / name).mkdir(parents=True)
+            for index in range(images_per_class):
+                picture = draw_shape(outline, random.Random(f"{name} {index}"))
+                picture.save(temporary / name / f"image_{index + 1:04d}.jpg", quality=90)
+        with contextlib.suppress(OSError):  # another process was faster
+            os.replace(temporary, folder)
+    except OSError as error:
+        raise DataError(f"{folder}: the sample can't be written ({error.strerror}); give --cache") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def sample_outlines() -> dict[str, list[tuple[float, float]]]:
+    """Return the corners of the sample's shapes, within the unit circle."""
+
+    def around(*radii: float) -> list[tuple[float, float]]:
+        turn = 2 * math.pi / len(radii)
+        return [(r * math.sin(i * turn), -r * math.cos(i * turn)) for i, r in enumerate(radii)]
+
+    arm, thin = 0.33, 0.12
+    return {
+        "arrow": [(0, -1), (0.6, -0.2), (0.2, -0.2), (0.2, 1), (-0.2, 1), (-0.2, -0.2), (-0.6, -0.2)],
+        "bar": [(-1, -thin), (1, -thin), (1, thin), (-1, thin)],
+        "circle": around(*[1] * 48),
+        "cross": [
+            *[(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)],
+            *[(arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)],
+        ],
+        "crescent": [*around(*[1] * 48)[24:], *[(0.55 * x, y) for x, y in around(*[1] * 48)[:23:-1]]],
+        "flower": around(*[0.75 + 0.25 * math.cos(i * math.pi / 4) for i in range(48)]),
+        "hourglass": [(-0.7, -1), (0.7, -1), (-0.7, 1), (0.7, 1)],
+        "square": around(1, 1, 1, 1),
+        "star": around(*[1, 0.4] * 5),
+        "triangle": around(1, 1, 1),
+    }
+
+
+def draw_shape(outline: list[tuple[float, float]], rng: random.Random) -> Image.Image:
+    """Return an RGB picture, 120 to 200 pixels a side, of one shape on a noisy ground."""
+    width, height = rng.randint(120, 200), rng.randint(120, 200)
+    light, dark = rng.randint(150, 255), rng.randint(0, 80)
+    ground, ink = rng.choice([(light, dark), (dark, light)])
+
+    def colour(level: int) -> tuple[int, ...]:
+        return tuple(min(255, max(0, level + rng.randint(-50, 50))) for _ in range(3))
+
+    noise = Image.frombytes("RGB", (width // 8, height // 8), rng.randbytes(width // 8 * (height // 8) * 3))
+    picture = Image.blend(
+        Image.new("RGB", (width, height), colour(ground)), noise.resize((width, height)), 0.25
+    )
+    radius = min(width, height) * rng.uniform(0.28, 0.46)
+    x0 = rng.uniform(radius, width - radius)
+    y0 = rng.uniform(radius, height - radius)
+    angle, stretch = rng.uniform(-0.4, 0.4), rng.uniform(0.8, 1)
+    turned = [
+        (
+            x0 + radius * (stretch * x * math.cos(angle) - y * math.sin(angle)),
+            y0 + radius * (stretch * x * math.sin(angle) + y * math.cos(angle)),
+        )
+        for x, y in outline
+    ]
+    ImageDraw.Draw(picture).polygon(turned, fill=colour(ink))
+    return picture.filter(ImageFilter.GaussianBlur(0.7))
+
+
+# ------------------------------------------------------------------------------------- decoding
+
+
+def digest(value: object) -> str:
+    """Return 16 hexadecimal digits that tell one plain value from another."""
+    return hashlib.blake2b(repr(value).encode(errors="surrogatepass"), digest_size=8).hexdigest()
+
+
+def decode(path: str | Path) -> torch.Tensor:
+    """Return a picture of any kind that Pillow reads as uint8 (SIZE, SIZE, 3).
+
+    It is turned upright by its EXIF tag and made RGB. Both sides are resized to SIZE, so the aspect
+    ratio is not kept: the report's choice.
+
+    Raises:
+        Exception: it can't be read. Pillow raises almost anything on a damaged file.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no such file: {path}")
+    with Image.open(path) as image:
+        image.draft("RGB", (SIZE, SIZE))  # lets the JPEG decoder drop detail of a far larger picture
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel: convert() would cut, not scale
+            image = Image.fromarray((pil_to_tensor(image)[0].int() >> 8).clamp(0, 255).byte().numpy())
+        elif "transparency" in image.info:
+            image = image.convert("RGBA")
+        image = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    return pil_to_tensor(image).permute(1, 2, 0)
+
+
+def try_decode(path: Path) -> bytes | None:
+    """Return the bytes of `decode(path)`, None if the picture can't be read."""
+    try:
+        return decode(path).numpy().tobytes()
+    except Exception:  # Pillow raises almost anything on a damaged file
+        return None
+
+
+def decode_once(root: Path, paths: list[str], file: Path) -> Path:
+    """Write the pictures under `root` to `file`, unless it is there: all pixels, then a byte each.
+
+    That byte is 1 for a picture that could be read, 0 for one that could not and is black. Two
+    processes at once write the same bytes to the same places, so neither spoils the other's file.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    if file.exists():
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    for stale in file.parent.glob(f"{file.name.split('-')[0]}-*"):  # same folder, other content
+        if stale != temporary:
+            with contextlib.suppress(OSError):  # Windows keeps a file that a process has mapped
+                stale.unlink()
+    readable = bytearray()
+    try:
+        with (
+            os.fdopen(
+                os.open(temporary, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b"
+            ) as out,
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            tqdm(total=len(paths), desc="decoding once", unit=" images", disable=None) as bar,
+        ):
+            for start in range(0, len(paths), 256):  # bounds what waits in memory to be written
+                chunk = [root / path for path in paths[start : start + 256]]
+                for pixels in pool.map(try_decode, chunk):
+                    out.write(pixels or bytes(SIZE * SIZE * 3))
+                    readable.append(pixels is not None)
+                bar.update(len(chunk))
+            out.write(readable)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    except FileNotFoundError:  # another process has renamed it (or, interrupted, removed it)
+        return decode_once(root, paths, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    return file
+
+
+class ImageStore:
+    """The pictures of a folder of class folders, decoded, in one memory-mapped file.
+
+    The file lies in `cache`. Its name says what it was made from, so it is never stale; it is
+    written beside and renamed when complete. Pages are read when they are asked for and can be
+    dropped at any time, so a data set may be larger than memory.
+
+    Args:
+        data: what `--data` takes.
+        cache: the folder for the file, created when missing.
+        skip_bad_images: go on without the pictures that can't be read.
+
+    Attributes:
+        root: the folder of the class folders.
+        classes: their names; a label is a place in this list.
+        paths: the images' paths relative to `root`, sorted.
+        labels: int64 (N,).
+        pixels: uint8 (N, SIZE, SIZE, 3).
+        skipped: how many pictures could not be read and were left out.
+        fingerprint: changes when an image is added, removed, renamed or gets another size.
+
+    Raises:
+        DataError: too few classes or images, some can't be read, or the cache can't be written.
+    """
+
+    def __init__(self, data: str, cache: str, skip_bad_images: bool = False):
+        self.root = locate(data, cache)
+        images, self.classes = scan(self.root)
+        paths = [path for path, _, _ in images]
+        if len(self.classes) < 2:
+            raise DataError(f"{self.root}: at least two class folders with images are needed")
+        self.fingerprint = digest([image[:2] for image in images])
+        name = f"{digest(os.path.realpath(self.root))}-{digest([SIZE, images])}.uint8"
+        try:
+            file = decode_once(self.root, paths, Path(cache) / name)
+        except OSError as error:
+            raise DataError(
+                f"{cache}: the decoded images ({len(paths) * SIZE * SIZE * 3 / 1e6:.0f} MB) can't be "
+                f"kept there ({error.strerror}); give another folder with --cache"
+            ) from error
+        size = len(paths) * SIZE * SIZE * 3
+        stored = torch.from_file(str(file), shared=False, size=size + len(paths), dtype=torch.uint8)
+        readable = stored[size:].tolist()
+        bad = [path for path, good in zip(paths, readable, strict=True) if not good]
+        self.skipped = len(bad)
+        if bad and not skip_bad_images:
+            raise DataError(
+                f"{self.root}: {len(bad)} of {len(paths)} images can't be read: "
+                f"{', '.join(map(repr, bad))}; mend or remove them, or give --skip-bad-images"
+            )
+        self.pixels = stored[:size].view(len(paths), SIZE, SIZE, 3)
+        self._row = {path: row for row, path in enumerate(paths) if readable[row]}
+        self.paths = list(self._row)
+        label = {name: index for index, name in enumerate(self.classes)}
+        self.labels = torch.tensor([label[path.split("/")[0]] for path in paths])
+        self._stream = None
+
+    def rows(self, paths: list[str]) -> torch.Tensor:
+        """Return where the pictures of those paths are in `pixels` and `labels`, int64.
+
+        Raises:
+            DataError: one is not in the folder any more.
+        """
+        missing = [path for path in paths if path not in self._row]
+        if missing:
+            raise DataError(
+                f"{self.root}: {len(missing)} of {len(paths)} images of the checkpoint's split are missing "
+                f"or can't be read, {missing[0]!r} first; give the folder it was trained on with --data"
+            )
+        return torch.tensor([self._row[path] for path in paths])
+
+    def move_to(self, device: torch.device) -> None:
+        """Keep the pixels on `device` if it is a GPU where they fit well; else get ready to copy."""
+        if device.type == "cuda":
+            if self.pixels.numel() < torch.cuda.mem_get_info(device)[0] / 2:
+                self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
+            else:
+                self._stream = torch.cuda.Stream(device)
+
+    def batch(self, rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images, uint8 (B, 3, SIZE, SIZE) in channels_last, and labels, int64 (B,)."""
+        rows = rows.to(self.pixels.device, non_blocking=True)
+        images, labels = self.pixels.index_select(0, rows), self.labels[rows]
+        if self._stream:  # copy while the device is still busy with the step before
+            with torch.cuda.stream(self._stream):
+                images = images.pin_memory().to(device, non_blocking=True)
+            torch.cuda.current_stream(device).wait_stream(self._stream)
+            images.record_stream(torch.cuda.current_stream(device))
+        return images.to(device).permute(0, 3, 1, 2), labels.to(device, non_blocking=True)
+
+
+def split(paths: list[str], seed: int) -> dict[str, list[str]]:
+    """Return the manifest: `paths` split 8:1:1 at random under `seed`.
+
+    Raises:
+        DataError: a part would be empty.
+    """
+    parts = random_split(paths, [0.8, 0.1, 0.1], torch.Generator().manual_seed(seed))
+    if not all(len(part) for part in parts):
+        raise DataError(f"{len(paths)} images are too few to split 8:1:1; at least 10 are needed")
+    return {name: list(part) for name, part in zip(("train", "valid", "test"), parts, strict=True)}
+
+
+# ----------------------------------------------------------------- from bytes to what a network sees
+
+
+def seed_of(*key: object) -> int:
+    """Return a seed that depends on `key`, a purpose and a place in the run, alone."""
+    return zlib.crc32(repr(key).encode())
+
+
+def generator(*key: object) -> torch.Generator:
+    """Return a CPU generator under the seed of `key`."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+@functools.cache
+def statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return MEAN and STD (1, 3, 1, 1) on `device`; kept, for sending them anew makes a GPU wait."""
+    return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
+
+
+def prepare(
+    images: torch.Tensor,
+    size: int = SIZE,
+    augment: tuple[str, ...] = (),
+    uniforms: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return what the network sees: float32 (B, 3, size, size), channels_last, augmented, normalised.
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        size: pixels, both sides.
+        augment: names among AUGMENTATIONS.
+        uniforms: an image's own random numbers in [0, 1), (B, UNIFORMS); needed with `augment`.
+    """
+    pixels = images.float().div_(255)
+    if "crop" in augment or "flip" in augment:
+        pixels = warp(pixels, size, augment, uniforms)
+    elif size != pixels.shape[-1]:
+        pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    if "color" in augment:
+        pixels = jitter(pixels, uniforms)
+    mean, std = statistics(pixels.device)
+    pixels = pixels.sub_(mean).div_(std)
+    if "erase" in augment:
+        pixels = erase(pixels, uniforms)
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def restore(inputs: torch.Tensor) -> torch.Tensor:
+    """Undo `prepare`'s normalisation: pixels in [0, 1] to look at."""
+    mean, std = statistics(inputs.device)
+    return (inputs * std + mean).clamp(0, 1)
+
+
+def warp(pixels: torch.Tensor, size: int, augment: tuple[str, ...], uniforms: torch.Tensor) -> torch.Tensor:
+    """Cut out, scale and mirror each picture in one pass of bilinear sampling.
+
+    The cut is that of torchvision's RandomResizedCrop: CROP_SCALE of the area, CROP_RATIO of width
+    to height, each drawn evenly (the ratio on a log scale), at any place where it fits.
+    """
+    one = torch.ones_like(uniforms[:, 0])
+    width = height = one
+    if "crop" in augment:
+        area = CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * uniforms[:, 0]
+        ratio = CROP_RATIO[0] * (CROP_RATIO[1] / CROP_RATIO[0]) ** uniforms[:, 1]
+        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    mirror = torch.where(uniforms[:, 4] < 0.5, -one, one) if "flip" in augment else one
+    x, y = (1 - width) * (2 * uniforms[:, 2] - 1), (1 - height) * (2 * uniforms[:, 3] - 1)
+    zero = torch.zeros_like(one)
+    matrix = torch.stack([mirror * width, zero, x, zero, height, y], 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, [len(pixels), 3, size, size], align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+
+
+def jitter(pixels: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Change brightness, contrast and saturation of each picture by up to COLOR; stays in [0, 1]."""
+    brightness, contrast, saturation = (1 + COLOR * (2 * uniforms[:, 5:8] - 1)).view(-1, 3, 1, 1, 1).unbind(1)
+    pixels = pixels * brightness
+    grey = pixels.mean(1, keepdim=True)
+    pixels = grey + saturation * (pixels - grey)
+    level = grey.mean((2, 3), keepdim=True)
+    return (level + contrast * (pixels - level)).clamp_(0, 1)
+
+
+def erase(inputs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Replace a random square of ERASE of the area by the mean colour in half of the pictures."""
+    size = inputs.shape[-1]
+    chance, area, x, y = uniforms[:, 8:12].view(-1, 4, 1, 1, 1).unbind(1)
+    side = (ERASE[0] + (ERASE[1] - ERASE[0]) * area).sqrt() * (chance < 0.5)
+    place = (torch.arange(size, device=inputs.device) + 0.5) / size
+    inside_x = (place - x * (1 - side) - side / 2).abs() < side / 2  # (B, 1, 1, size)
+    inside_y = (place - y * (1 - side) - side / 2).abs() < side / 2
+    return inputs.masked_fill(inside_x & inside_y.transpose(2, 3), 0)
