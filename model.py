@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+HIDDEN = 4096  # units of the two hidden linear layers
 FORMAT = 1  # of the checkpoint; a reader refuses a higher one
 
 
@@ -56,12 +57,12 @@ class AlexNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d((6, 6))
         self.classifier = nn.Sequential(
             nn.Dropout(dropout),
-            nn.Linear(256 * 6 * 6, 4096),
+            nn.Linear(256 * 6 * 6, HIDDEN),
             nn.ReLU(inplace=True),
             nn.Dropout(dropout),
-            nn.Linear(4096, 4096),
+            nn.Linear(HIDDEN, HIDDEN),
             nn.ReLU(inplace=True),
-            nn.Linear(4096, num_classes),
+            nn.Linear(HIDDEN, num_classes),
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -24,8 +24,19 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from data import SUFFIXES, DataError, ImageStore, decode, default_cache, prepare, split
 from model import CheckpointError, build, load, replacing
-from train import DEFAULTS, Parser, World, choose_precision, data_folder, device_name, evaluate
-from train import join_world, number, run_cli, score
+from train import (
+    DEFAULTS,
+    Parser,
+    World,
+    choose_precision,
+    data_folder,
+    device_name,
+    evaluate,
+    join_world,
+    number,
+    run_cli,
+    score,
+)
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 
@@ -35,11 +46,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="test.py", description=__doc__)
     parser.argument_default = None
     add = parser.add_argument
-    add("--ckpt", default=DEFAULTS["ckpt"], metavar="FILE", help="checkpoint (default: %(default)s)")
-    add("--data", type=data_folder, metavar="DIR", help="as for train.py (default: where it was trained)")
-    add("--cache", metavar="DIR", help="as for train.py (default: the one used in training)")
+    add("--ckpt", default=DEFAULTS["ckpt"], help="checkpoint to test (default: %(default)s)")
     add("--split", choices=["test", "valid", "train"], default="test", help="(default: %(default)s)")
-    add("--json", nargs="?", const="-", metavar="FILE", help="write the figures there (alone: print them)")
+    add("--data", type=data_folder, help="as for train.py (default: where it was trained)")
+    add("--cache", help="folder for the decoded images (default: the training's)")
+    add(
+        "--json", nargs="?", const="-", metavar="FILE", help="write the figures to FILE (without: print them)"
+    )
     add("--predictions", metavar="FILE", help="write a CSV row for each image")
     add("--flip", action="store_true", help="also report the mean over each picture and its mirror image")
     add("--versus", metavar="FILE", help="compare with another checkpoint on the same images")
@@ -49,18 +62,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="name these pictures, or those in these folders; no data set",
     )
-    add("--device", type=device_name, default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps")
+    add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the training's)")
-    add("--logdir", metavar="DIR", help="write events under DIR (default: where the run's are)")
+    add("--logdir", help="write events under this folder (default: where the run's are)")
     add(
         "--seed",
         type=number(int, 0, 2**32),
         default=0,
-        metavar="N",
-        help="bare state_dict only: the split's seed",
+        help="for a bare state_dict: the split's seed (default: 0)",
     )
     add(
-        "--stride", type=int, choices=[2, 4], default=2, help="bare state_dict only: of the first convolution"
+        "--stride",
+        type=int,
+        choices=[2, 4],
+        default=2,
+        help="for a bare state_dict: the network's (default: 2)",
     )
     args = parser.parse_args(argv)
     if args.images and (args.versus or args.predictions or args.flip or args.data):
@@ -313,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     with world.first_on_machine():
         store = ImageStore(
             args.data or trained.get("data", data_folder(DEFAULTS["data"])),
-            cache if args.cache or Path(cache).is_dir() and cache else default_cache(),
+            cache if args.cache or (Path(cache).is_dir() and cache) else default_cache(),
             skip_bad_images=True,  # the manifest says which pictures are needed
         )
     store.move_to(world.device)

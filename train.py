@@ -66,14 +66,14 @@ RECIPES = {  # a recipe is a set of defaults for ordinary flags
         "init": "he",
     },
 }
-DEFAULTS = {
+DEFAULTS = RECIPES["report"] | {
     "recipe": "report",
     "epochs": 30,
     "batch_size": 64,
     "seed": 0,
     "stride": 2,
     "dropout": 0.5,
-    "data": data.DEFAULT_DATA,
+    "data": os.path.abspath(data.DEFAULT_DATA),
     "cache": data.default_cache(),
     "skip_bad_images": False,
     "device": "auto",
@@ -82,14 +82,12 @@ DEFAULTS = {
     "deterministic": False,
     "bf16_gradients": False,
     "ckpt": "alexnet.pth",
+    "resume": False,
     "logdir": "runs",
     "name": None,
 }
-MAY_CHANGE = {"epochs", "data", "cache", "device", "ckpt", "logdir", "resume"}  # with --resume
+MAY_CHANGE = {"epochs", "data", "cache", "device", "ckpt", "logdir", "resume"}  # when a run goes on
 EVAL_BATCH = 128  # images in a batch without gradients
-HISTORY = (
-    "epoch learning_rate train_loss train_accuracy valid_loss valid_accuracy images_per_second seconds"
-).split()
 
 
 class TrainingError(Exception):
@@ -174,123 +172,64 @@ def device_name(text: str) -> str:
     return text
 
 
-def build_parser() -> Parser:
-    """Return the parser; its namespaces hold only what was given, so that it can be told apart."""
-    parser = Parser(prog="train.py", description=__doc__)
+FLAGS = {  # by group: the type, or the choices, and the help
+    "experiment": {
+        "recipe": (list(RECIPES), "defaults for the flags that name one for each"),
+        "epochs": (number(int, 1, 100_000), "passes over the training images"),
+        "batch_size": (number(int, 1, 65_536), "images in a step, over all processes"),
+        "lr": (number(float, 1e-12, 100), "peak learning rate of Adam"),
+        "schedule": (["constant", "cosine"], "of the learning rate, after the warm-up"),
+        "warmup_epochs": (number(int, 0, 10_000), "in which the rate rises from 0"),
+        "weight_decay": (number(float, 0, 100), "decoupled, as in AdamW"),
+        "label_smoothing": (number(float, 0, 1), "share of the target that all classes get evenly"),
+        "augment": (augmentations, f"none, or any of {','.join(data.AUGMENTATIONS)}"),
+        "train_size": (size_range, "pixels a side; A-B grows from A to B over the first 80 %% of the epochs"),
+        "ema": (number(float, 0, 1), "decay a step of the averaged weights, then validated and saved; 0: none"),
+        "init": (["default", "he"], "initial weights: PyTorch's or He's"),
+        "seed": (number(int, 0, 2**32), "decides split, weights, order, augmentation and dropout"),
+    },
+    "network": {
+        "stride": ([2, 4], "of the first convolution: 2 is the report's, 4 torchvision's"),
+        "dropout": (number(float, 0, 1), "probability"),
+    },
+    "data": {
+        "data": (data_folder, "folder that holds 101_ObjectCategories, or any folder of class folders, or "
+                 "'sample' to have a small one drawn; Caltech101 is downloaded to the default"),
+        "cache": (str, "folder for the decoded images"),
+        "skip_bad_images": (bool, "go on without the images that can't be read"),
+    },
+    "machine": {
+        "device": (device_name, "auto, cpu, cuda, cuda:N or mps"),
+        "precision": (["auto", "fp32", "bf16", "fp16"], "auto: half where the device is built for it"),
+        "compile": (bool, "torch.compile the network"),
+        "deterministic": (bool, "the same figures each time on CUDA too, more slowly"),
+        "bf16_gradients": (bool, "halve what several processes exchange"),
+    },
+    "output": {
+        "ckpt": (str, "best checkpoint; NAME.last.pth beside it holds what --resume needs"),
+        "resume": (str, "go on with --ckpt's run or that of the given NAME.last.pth, with its arguments; of "
+                   "these, --epochs, --data, --cache, --device and --logdir may be changed"),
+        "logdir": (str, "folder of the runs that TensorBoard shows"),
+        "name": (str, "of the run (default: date and time)"),
+    },
+}  # fmt: skip
 
-    def add(group, flag: str, text: str, **options):
-        name = flag.removeprefix("--").replace("-", "_")
-        if name in RECIPES["report"]:
-            text += " (" + ", ".join(f"{recipe}: {d[name]}" for recipe, d in RECIPES.items()) + ")"
-        elif DEFAULTS.get(name) not in (None, False):
-            text += f" (default: {DEFAULTS[name]})"
-        group.add_argument(flag, help=text.replace("%", "%%"), **options)
 
-    group = parser.add_argument_group("experiment")
-    add(group, "--recipe", "defaults for the flags that name both", choices=list(RECIPES))
-    add(group, "--epochs", "passes over the training images", type=number(int, 1, 100_000), metavar="N")
-    add(
-        group,
-        "--batch-size",
-        "images in a step, over all processes",
-        type=number(int, 1, 65_536),
-        metavar="N",
-    )
-    add(group, "--lr", "peak learning rate of Adam", type=number(float, 1e-12, 100), metavar="RATE")
-    add(group, "--schedule", "of the learning rate after the warm-up", choices=["constant", "cosine"])
-    add(group, "--warmup-epochs", "in which the rate rises from 0", type=number(int, 0, 10_000), metavar="N")
-    add(group, "--weight-decay", "decoupled, as in AdamW", type=number(float, 0, 100), metavar="X")
-    add(
-        group,
-        "--label-smoothing",
-        "share of the target given to all classes",
-        type=number(float, 0, 1),
-        metavar="X",
-    )
-    add(
-        group,
-        "--augment",
-        f"any of {','.join(data.AUGMENTATIONS)}, comma-separated, or none",
-        type=augmentations,
-        metavar="LIST",
-    )
-    add(
-        group,
-        "--train-size",
-        "pixels a side; FROM-TO grows over the first 80 % of the epochs",
-        type=size_range,
-        metavar="S",
-    )
-    add(
-        group,
-        "--ema",
-        "decay per step of the weights' moving average, which is then what is validated and saved; 0 for none",
-        type=number(float, 0, 1),
-        metavar="DECAY",
-    )
-    add(group, "--init", "initial weights: PyTorch's default or He's", choices=["default", "he"])
-    add(
-        group,
-        "--seed",
-        "decides split, weights, order, augmentation and dropout",
-        type=number(int, 0, 2**32),
-        metavar="N",
-    )
-    group = parser.add_argument_group("network")
-    add(
-        group,
-        "--stride",
-        "of the first convolution: 2 the report's, 4 torchvision's",
-        type=int,
-        choices=[2, 4],
-    )
-    add(group, "--dropout", "probability", type=number(float, 0, 1), metavar="P")
-    group = parser.add_argument_group("data")
-    add(
-        group,
-        "--data",
-        "folder that holds 101_ObjectCategories, or any folder of class folders, or 'sample' to have a small one "
-        "drawn; Caltech101 is downloaded to the default",
-        type=data_folder,
-        metavar="DIR",
-    )
-    add(group, "--cache", "where decoded images are kept", metavar="DIR")
-    add(group, "--skip-bad-images", "go on without the images that can't be read", action="store_true")
-    group = parser.add_argument_group("machine")
-    add(group, "--device", "auto, cpu, cuda, cuda:N or mps", type=device_name, metavar="DEVICE")
-    add(
-        group,
-        "--precision",
-        "auto: bf16 or fp16 where the device is built for it",
-        choices="auto fp32 bf16 fp16".split(),
-    )
-    add(
-        group,
-        "--compile",
-        "torch.compile the network (slower on the CPUs it was measured on)",
-        action="store_true",
-    )
-    add(group, "--deterministic", "bit-exact on CUDA too, and slower", action="store_true")
-    add(group, "--bf16-gradients", "exchange gradients between processes in bf16", action="store_true")
-    group = parser.add_argument_group("output")
-    add(
-        group,
-        "--ckpt",
-        "best checkpoint; the resume checkpoint lies beside it as NAME.last.pth",
-        metavar="FILE",
-    )
-    add(
-        group,
-        "--resume",
-        "go on with --ckpt's run, or with that of the given resume checkpoint; its arguments hold, and only "
-        "--epochs, --data, --cache, --device and --logdir may be changed",
-        nargs="?",
-        const=True,
-        metavar="FILE",
-    )
-    add(group, "--logdir", "folder of the runs that TensorBoard shows", metavar="DIR")
-    add(group, "--name", "of the run (default: date and time)", metavar="NAME")
-    return parser
+def add_flag(group, name: str) -> None:
+    """Add one of FLAGS to a parser or a group of it, with its default in the help."""
+    kind, text = next(flags[name] for flags in FLAGS.values() if name in flags)
+    if name in RECIPES["report"]:
+        text += " (" + ", ".join(f"{recipe}: {flags[name]}" for recipe, flags in RECIPES.items()) + ")"
+    elif DEFAULTS[name]:
+        text += f" (default: {DEFAULTS[name]})"
+    options = {"type": kind, "metavar": name.split("_")[-1].upper()}
+    if kind is bool:
+        options = {"action": "store_true"}
+    elif isinstance(kind, list):
+        options = {"type": type(kind[0]), "choices": kind}
+    elif name == "resume":
+        options = {"nargs": "?", "const": True, "metavar": "FILE"}
+    group.add_argument("--" + name.replace("_", "-"), help=text, **options)
 
 
 def last_path(ckpt: str) -> Path:
@@ -301,10 +240,13 @@ def last_path(ckpt: str) -> Path:
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """Return the arguments and, when a run goes on, its resume checkpoint."""
-    parser = build_parser()
-    given = vars(parser.parse_args(argv))
-    recipe = RECIPES[given.get("recipe", DEFAULTS["recipe"])]
-    args = DEFAULTS | {"data": data_folder(DEFAULTS["data"])} | recipe | given
+    parser = Parser(prog="train.py", description=__doc__)
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name in flags:
+            add_flag(group, name)
+    given = vars(parser.parse_args(argv))  # only what was given, so that it can be told from defaults
+    args = DEFAULTS | RECIPES[given.get("recipe", DEFAULTS["recipe"])] | given
     checkpoint = None
     resume = given.get("resume")
     if isinstance(resume, str):
@@ -331,7 +273,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
             )
         else:
             args = args | stored | {"ckpt": args["ckpt"]} | given
-    args = argparse.Namespace(**{name: args[name] for name in [*DEFAULTS, *RECIPES["report"]]})
+    args = argparse.Namespace(**args)
     if checkpoint and args.epochs < checkpoint["epoch"]:
         parser.error(f"--epochs {args.epochs}: the run in {last} has already trained {checkpoint['epoch']}")
     if args.warmup_epochs and args.warmup_epochs >= args.epochs:
@@ -548,7 +490,7 @@ class Run:
         step: steps completed in the epoch after those.
         sums: float32 (3,) on the device: loss, hits and images of these steps, of this process.
         seconds: spent on these steps.
-        history: a dict of HISTORY's columns for each completed epoch.
+        history: a row, a dict, for each completed epoch.
         best: the row of `history` with the highest validation accuracy, None before the first.
     """
 
@@ -679,7 +621,7 @@ class Run:
             "seconds": self.seconds + time.perf_counter() - started,
         }
         # numbers that float32, as the event files hold them, keeps exactly: all outputs agree
-        row = {name: torch.tensor(value).item() for name, value in row.items()}
+        row |= {name: torch.tensor(value).item() for name, value in row.items() if name != "learning_rate"}
         self.history.append(row)
         if self.best is None or row["valid_accuracy"] > self.best["valid_accuracy"]:
             self.best = row
@@ -743,8 +685,8 @@ def versions() -> dict[str, object]:
     return {
         "format": FORMAT,
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
     }
 
 
@@ -816,7 +758,7 @@ class Log:
         self.train.flush()
         self.valid.flush()
         with replacing(self.run.folder / "history.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, HISTORY)
+            table = csv.DictWriter(file, row)
             table.writeheader()
             table.writerows(self.run.history)
 

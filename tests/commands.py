@@ -1,0 +1,105 @@
+"""Run the command lines as processes that start in a moment.
+
+A fork server imports torch once. Its children run `train.py` or `test.py` from `run_cli` on, with
+narrow linear layers, so that a checkpoint has 12 MB and a step takes milliseconds.
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+context.set_forkserver_preload(["train", "test", "commands"]) if hasattr(os, "fork") else None
+
+
+def _child(program: str, argv: list[str], folder: str, before) -> None:
+    os.chdir(folder)
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        file = os.open(f"{name}.{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, stream.fileno())
+    import model
+    import test
+    import train
+
+    model.HIDDEN = 64
+    if before:
+        before()
+    sys.argv = [f"{program}.py", *argv]
+    try:
+        train.run_cli({"train": train, "test": test}[program].main)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+class Command:
+    """A running `train.py` or `test.py`; `before` is a picklable function that its process calls first."""
+
+    def __init__(self, program: str, *argv, folder: Path, before=None):
+        self.folder = folder
+        self.process = context.Process(
+            target=_child, args=(program, [str(arg) for arg in argv], str(folder), before)
+        )
+        self.process.start()
+
+    def _read(self, name: str) -> str:
+        path = self.folder / f"{name}.{self.process.pid}"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def stdout(self) -> str:
+        return self._read("stdout")
+
+    @property
+    def stderr(self) -> str:
+        return self._read("stderr")
+
+    def kill(self, signum: int = signal.SIGTERM) -> None:
+        os.kill(self.process.pid, signum)
+
+    def wait_for(self, condition, timeout: float = 60) -> None:
+        """Wait until `condition()` holds; fail if it does not while the process lives."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < end and self.process.is_alive(), self.stderr
+            time.sleep(0.002)
+
+    def wait(self, timeout: float = 120) -> int:
+        """Return the exit status, as a shell would see it."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "still running"
+        code = self.process.exitcode
+        return code if code >= 0 else 128 - code
+
+
+def run(program: str, *argv, folder: Path, before=None, status: int = 0) -> Command:
+    """Run to the end, and check the exit status."""
+    command = Command(program, *argv, folder=folder, before=before)
+    assert command.wait() == status, command.stderr
+    return command
+
+
+def shell(*argv, folder: Path, **environment) -> subprocess.CompletedProcess:
+    """Run Python on `argv` in a process of its own, as a user does: the real network, nothing replaced."""
+    return subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def one_line(command) -> str:
+    """Return the error of a command that failed as it should: one line, no traceback."""
+    error = command.stderr
+    assert error.count("\n") == 1, error
+    assert "Traceback" not in error
+    return error

@@ -1,0 +1,48 @@
+"""Fixtures: pictures drawn for the tests, and small runs on them."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import commands
+
+import data
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """A folder for decoded images."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A folder of ten class folders with eight pictures each."""
+    return data.draw_sample(tmp_path_factory.mktemp("photos") / "101_ObjectCategories", 8).parent
+
+
+@pytest.fixture(scope="session")
+def flags(photos, cache) -> list[str]:
+    """Flags for a run that takes a second: 64 training images, 8 steps an epoch."""
+    return f"--data {photos} --cache {cache} --batch-size 8 --stride 4 --train-size 64 --lr 1e-3".split()
+
+
+@pytest.fixture(scope="session")
+def trained(flags, tmp_path_factory) -> Path:
+    """A folder in which a run of three epochs has ended."""
+    folder = tmp_path_factory.mktemp("trained")
+    commands.run("train", *flags, "--epochs", 3, "--name", "run", folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def caltech101() -> str:
+    """The real data, where the environment variable CALTECH101 names them."""
+    folder = os.environ.get("CALTECH101")
+    if not folder:
+        pytest.skip("CALTECH101 does not name the real data")
+    return folder
