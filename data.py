@@ -204,9 +204,7 @@ def draw_shape(outline: list[tuple[float, float]], rng: random.Random) -> Image.
         return tuple(min(255, max(0, level + rng.randint(-50, 50))) for _ in range(3))
 
     noise = Image.frombytes("RGB", (width // 8, height // 8), rng.randbytes(width // 8 * (height // 8) * 3))
-    picture = Image.blend(
-        Image.new("RGB", (width, height), colour(ground)), noise.resize((width, height)), 0.25
-    )
+    picture = Image.blend(Image.new("RGB", (width, height), colour(ground)), noise.resize((width, height)), 0.25)
     radius = min(width, height) * rng.uniform(0.28, 0.46)
     x0 = rng.uniform(radius, width - radius)
     y0 = rng.uniform(radius, height - radius)
@@ -280,9 +278,7 @@ def decode_once(root: Path, paths: list[str], file: Path) -> Path:
     readable = bytearray()
     try:
         with (
-            os.fdopen(
-                os.open(temporary, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b"
-            ) as out,
+            os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b") as out,
             ThreadPoolExecutor(os.cpu_count()) as pool,
             tqdm(total=len(paths), desc="decoding once", unit=" images", disable=None) as bar,
         ):
@@ -376,6 +372,10 @@ class ImageStore:
             )
         return torch.tensor([self._row[path] for path in paths])
 
+    def pictures(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return those pictures to look at, uint8 (B, 3, SIZE, SIZE) on the CPU."""
+        return self.batch(rows, torch.device("cpu"))[0]
+
     def move_to(self, device: torch.device) -> None:
         """Keep the pixels on `device` if it is a GPU where they fit well; else get ready to copy."""
         if device.type == "cuda":
@@ -388,7 +388,7 @@ class ImageStore:
         """Return images, uint8 (B, 3, SIZE, SIZE) in channels_last, and labels, int64 (B,)."""
         rows = rows.to(self.pixels.device, non_blocking=True)
         images, labels = self.pixels.index_select(0, rows), self.labels[rows]
-        if self._stream:  # copy while the device is still busy with the step before
+        if self._stream and device.type == "cuda":  # copy while the device is still busy with the step before
             with torch.cuda.stream(self._stream):
                 images = images.pin_memory().to(device, non_blocking=True)
             torch.cuda.current_stream(device).wait_stream(self._stream)

@@ -22,21 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from data import SUFFIXES, DataError, ImageStore, decode, default_cache, prepare, split
+from data import SUFFIXES, DataError, ImageStore, decode, prepare, split
 from model import CheckpointError, build, load, replacing
-from train import (
-    DEFAULTS,
-    Parser,
-    World,
-    choose_precision,
-    data_folder,
-    device_name,
-    evaluate,
-    join_world,
-    number,
-    run_cli,
-    score,
-)
+from train import DEFAULTS, Compute, Parser, add_flag, data_folder, evaluate, number, run_cli, score, set_up
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 
@@ -50,34 +38,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--split", choices=["test", "valid", "train"], default="test", help="(default: %(default)s)")
     add("--data", type=data_folder, help="as for train.py (default: where it was trained)")
     add("--cache", help="folder for the decoded images (default: the training's)")
-    add(
-        "--json", nargs="?", const="-", metavar="FILE", help="write the figures to FILE (without: print them)"
-    )
+    add("--json", nargs="?", const="-", metavar="FILE", help="write the figures to FILE (without: print them)")
     add("--predictions", metavar="FILE", help="write a CSV row for each image")
     add("--flip", action="store_true", help="also report the mean over each picture and its mirror image")
     add("--versus", metavar="FILE", help="compare with another checkpoint on the same images")
-    add(
-        "--images",
-        nargs="+",
-        metavar="PATH",
-        help="name these pictures, or those in these folders; no data set",
-    )
-    add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add("--images", nargs="+", metavar="PATH", help="name these pictures, or those in these folders; no data set")
+    add_flag(parser, "device")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the training's)")
     add("--logdir", help="write events under this folder (default: where the run's are)")
-    add(
-        "--seed",
-        type=number(int, 0, 2**32),
-        default=0,
-        help="for a bare state_dict: the split's seed (default: 0)",
-    )
-    add(
-        "--stride",
-        type=int,
-        choices=[2, 4],
-        default=2,
-        help="for a bare state_dict: the network's (default: 2)",
-    )
+    add("--seed", type=number(int, 0, 2**32), default=0, help="for a bare state_dict: the split's seed (default: 0)")
+    add("--stride", type=int, choices=[2, 4], default=2, help="for a bare state_dict: the network's (default: 2)")
+    parser.set_defaults(device="auto")
     args = parser.parse_args(argv)
     if args.images and (args.versus or args.predictions or args.flip or args.data):
         parser.error("--images needs no data set: it goes with --ckpt, --json, --device and --precision only")
@@ -207,9 +178,7 @@ def reliability_picture(bins: torch.Tensor, size: int = 400) -> torch.Tensor:
     return pil_to_tensor(picture)
 
 
-def log_analysis(
-    writer: SummaryWriter, result: dict, logits, labels, paths: list[str], images, step: int
-) -> None:
+def log_analysis(writer: SummaryWriter, result: dict, logits, labels, paths: list[str], images, step: int) -> None:
     """Log figures, tables and pictures of a test.
 
     Args:
@@ -226,9 +195,7 @@ def log_analysis(
     matrix = torch.zeros(len(classes), len(classes), dtype=torch.long)
     matrix.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
     writer.add_image("confusion_matrix", confusion_picture(matrix, classes), step)
-    writer.add_image(
-        "reliability", reliability_picture(calibration(confidence, predicted == labels)[1]), step
-    )
+    writer.add_image("reliability", reliability_picture(calibration(confidence, predicted == labels)[1]), step)
 
     losses = F.cross_entropy(logits, labels, reduction="none")
     wrong = [i for i in losses.argsort(descending=True).tolist() if predicted[i] != labels[i]][:32]
@@ -250,48 +217,45 @@ def log_analysis(
     writer.add_text("classes", table(["class, worst first", "images", "accuracy, %"], rows), step)
     for entry in ranked[:5]:
         label = classes.index(entry["name"])
-        writer.add_pr_curve(
-            f"precision_recall/{entry['name']}", labels == label, probabilities[:, label], step
-        )
+        writer.add_pr_curve(f"precision_recall/{entry['name']}", labels == label, probabilities[:, label], step)
 
 
 # ------------------------------------------------------------------------------------------ commands
 
 
-def predict(args: argparse.Namespace, checkpoint: dict, network: torch.nn.Module, world: World) -> bool:
+def predict(args: argparse.Namespace, checkpoint: dict, network: torch.nn.Module, compute: Compute) -> bool:
     """Print the five likeliest classes of each of `--images`; return whether all could be read."""
     count = network.classifier[-1].out_features
-    classes = checkpoint.get("classes", [f"class {index}" for index in range(count)])
-    files = []
-    for path in map(Path, args.images):
-        inside = (
-            sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        )
-        files += inside
+    classes = checkpoint.get("classes", [f"class {label}" for label in range(count)])
     answers = []
-    dtype = choose_precision(world.device, args.precision)
-    for path in files:
-        try:
-            image = decode(path).permute(2, 0, 1)[None].to(world.device)
-        except Exception as error:  # Pillow raises almost anything on a damaged file
-            reason = error if isinstance(error, FileNotFoundError) else "can't be read as a picture"
-            print(f"test.py: {path}: {reason}", file=sys.stderr)
-            answers.append({"path": str(path), "error": str(reason)})
-            continue
-        with torch.inference_mode(), torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-            logits = network(prepare(image))[0].float()
-        likely = logits.softmax(0).cpu().topk(min(5, count))
-        named = [
-            {"class": classes[i], "probability": p}
-            for p, i in zip(*map(torch.Tensor.tolist, likely), strict=True)
-        ]
-        answers.append({"path": str(path), "predictions": named})
-        if args.json != "-":
-            print(path)
-            for entry in named:
-                print(f"  {100 * entry['probability']:5.1f} %  {entry['class']}")
+    for path in map(Path, args.images):
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        answers += [name_picture(file, classes, network, compute) for file in inside]
+    for answer in answers:
+        if "error" in answer:
+            print(f"test.py: {answer['path']}: {answer['error']}", file=sys.stderr)
+        elif args.json != "-":
+            print(answer["path"])
+            for guess in answer["predictions"]:
+                print(f"  {100 * guess['probability']:5.1f} %  {guess['class']}")
     write_json(args.json, answers)
     return bool(answers) and not any("error" in answer for answer in answers)
+
+
+@torch.inference_mode()
+def name_picture(path: Path, classes: list[str], network: torch.nn.Module, compute: Compute) -> dict:
+    """Return a picture's path with its likeliest classes and their probabilities, or with an error."""
+    try:
+        image = decode(path)
+    except FileNotFoundError:
+        return {"path": str(path), "error": "no such file"}
+    except Exception:  # Pillow raises almost anything on a damaged file
+        return {"path": str(path), "error": "can't be read as a picture"}
+    with compute.autocast():
+        logits = network(prepare(image.permute(2, 0, 1)[None].to(compute.device)))
+    likely = logits[0].float().softmax(0).topk(min(5, len(classes)))
+    guesses = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
+    return {"path": str(path), "predictions": [{"class": classes[i], "probability": p} for i, p in guesses]}
 
 
 def write_json(target: str | None, value: object) -> None:
@@ -303,110 +267,114 @@ def write_json(target: str | None, value: object) -> None:
             json.dump(value, file, indent=2)
 
 
-def open_network(path: str, stride: int, world: World) -> tuple[dict, torch.nn.Module]:
-    """Return a checkpoint and its network, on the device."""
-    checkpoint = load(path)
+def write_predictions(target: str, logits: torch.Tensor, labels: torch.Tensor, classes: list[str], paths: list[str]):
+    """Write a CSV file with a row for each image."""
+    confidence, predicted = logits.softmax(1).max(1)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    columns = (paths, labels.tolist(), predicted.tolist(), confidence.tolist(), losses.tolist())
+    with replacing(target, "w", newline="", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "true_class", "predicted_class", "confidence", "loss"])
+        for path, true, guess, *numbers in zip(*columns, strict=True):
+            writer.writerow([path, classes[true], classes[guess], *numbers])
+
+
+def build_from(path: str, checkpoint: dict, stride: int, compute: Compute) -> torch.nn.Module:
+    """Return the network of the checkpoint that was read from `path`, on the device."""
     try:
-        network = build(checkpoint, stride)
+        return build(checkpoint, stride).to(compute.device, memory_format=torch.channels_last)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return checkpoint, network.to(world.device, memory_format=torch.channels_last)
+
+
+def open_store(args: argparse.Namespace, checkpoint: dict, count: int) -> ImageStore:
+    """Open the data set that the checkpoint, a network of `count` classes, was trained on.
+
+    Raises:
+        DataError: its classes are others.
+    """
+    trained = DEFAULTS | checkpoint.get("args", {})
+    cache = args.cache or (trained["cache"] if Path(trained["cache"]).is_dir() else DEFAULTS["cache"])
+    # the manifest says which pictures are needed: others may well be unreadable
+    store = ImageStore(args.data or trained["data"], cache, skip_bad_images=True)
+    if checkpoint.get("classes", store.classes) != store.classes or len(store.classes) != count:
+        raise DataError(
+            f"{store.root}: its {len(store.classes)} classes are not the {count} of {args.ckpt}; "
+            "give the folder it was trained on with --data"
+        )
+    return store
 
 
 def main(argv: list[str] | None = None) -> None:
     """Test or predict as `argv` says (default: the command line)."""
     args = parse(argv)
-    world = join_world(args.device)
-    say = print if world.rank == 0 and args.json != "-" else lambda *_: None
-    checkpoint, network = open_network(args.ckpt, args.stride, world)
-    trained = checkpoint.get("args", {})
-    args.precision = args.precision or trained.get("precision", "auto")
+    checkpoint = load(args.ckpt)
+    trained = DEFAULTS | checkpoint.get("args", {})
+    compute = set_up(args.device, args.precision or trained["precision"])
+    network = build_from(args.ckpt, checkpoint, args.stride, compute)
     if args.images:
-        sys.exit(0 if predict(args, checkpoint, network, world) else 1)
+        sys.exit(0 if predict(args, checkpoint, network, compute) else 1)
 
-    dtype = choose_precision(world.device, args.precision)
-    cache = args.cache or trained.get("cache", "")
-    with world.first_on_machine():
-        store = ImageStore(
-            args.data or trained.get("data", data_folder(DEFAULTS["data"])),
-            cache if args.cache or (Path(cache).is_dir() and cache) else default_cache(),
-            skip_bad_images=True,  # the manifest says which pictures are needed
-        )
-    store.move_to(world.device)
-    bare = "split" not in checkpoint
-    classes = checkpoint.get("classes", store.classes)
-    if classes != store.classes or len(classes) != network.classifier[-1].out_features:
-        raise DataError(
-            f"{store.root}: its {len(store.classes)} classes are not the {network.classifier[-1].out_features} "
-            f"of {args.ckpt}; give the folder it was trained on with --data"
-        )
-    manifest = split(store.paths, args.seed) if bare else checkpoint["split"]
-    paths = manifest[args.split]
-    rows = store.rows(paths)
-    labels = store.labels[rows.to(store.labels.device)].cpu()
-    if bare:
-        say(
-            f"{args.ckpt} holds no split: drawn from --seed {args.seed}; nothing shows that training left it alone"
-        )
-    else:
+    say = print if compute.rank == 0 and args.json != "-" else lambda _: None
+    with compute.first_on_machine():
+        store = open_store(args, checkpoint, network.classifier[-1].out_features)
+    store.move_to(compute.device)
+    if "split" in checkpoint:
         say(f"{args.ckpt}: epoch {checkpoint['epoch']}, valid accuracy {checkpoint['valid_accuracy']:.2f} %")
+    else:
+        say(f"{args.ckpt} holds no split: it is drawn from --seed {args.seed}, and can't be checked")
+    paths = checkpoint.get("split", split(store.paths, args.seed))[args.split]
+    rows = store.rows(paths)
+    labels = store.labels.cpu()[rows]
 
-    logits = evaluate(network, store, rows, world, dtype)
+    logits = evaluate(network, store, rows, compute)
+    result = {"split": args.split, **figures(logits, labels, store.classes)}
     hits = logits.argmax(1) == labels
-    result = {"split": args.split, **figures(logits, labels, classes)}
     say(
         f"{args.split}: loss {result['loss']:.4f}  accuracy {result['accuracy']:.2f} % ({int(hits.sum())} of "
-        f"{len(hits)}; 95 % interval {result['accuracy_low']:.1f} to {result['accuracy_high']:.1f})"
-    )
-    say(
+        f"{len(hits)} images; 95 % interval {result['accuracy_low']:.1f} to {result['accuracy_high']:.1f})\n"
         f"top-5 accuracy {result['top5_accuracy']:.2f} %  mean per-class accuracy "
         f"{result['mean_class_accuracy']:.2f} %  calibration error {result['calibration_error']:.2f} %"
     )
     if args.flip:
-        mirrored = evaluate(network, store, rows, world, dtype, flip=True)
-        both = logits.softmax(1) + mirrored.softmax(1)
-        result["flip_accuracy"] = 100 * (both.argmax(1) == labels).float().mean().item()
+        both = logits.softmax(1) + evaluate(network, store, rows, compute, flip=True).softmax(1)
+        result["flip_accuracy"] = score(both.log(), labels)[1]
         say(f"with the mirror image: accuracy {result['flip_accuracy']:.2f} %")
     if args.versus:
-        other, other_network = open_network(args.versus, args.stride, world)
-        if sorted(other.get("split", {}).get(args.split, [])) != sorted(paths):
-            raise DataError(
-                f"{args.versus}: its {args.split} split is not that of {args.ckpt}; nothing to compare"
-            )
-        other_hits = evaluate(other_network, store, rows, world, dtype).argmax(1) == labels
-        accuracy, p = 100 * other_hits.float().mean().item(), mcnemar(hits, other_hits)
-        result["versus"] = {"accuracy": accuracy, "difference": result["accuracy"] - accuracy, "p_value": p}
+        result["versus"] = versus = compare(args, paths, hits, store, rows, compute)
         say(
-            f"versus {args.versus}: {accuracy:.2f} %, difference {result['accuracy'] - accuracy:+.2f}, p = {p:.3g}"
+            f"versus {args.versus}: accuracy {versus['accuracy']:.2f} %, difference {versus['difference']:+.2f}, "
+            f"p = {versus['p_value']:.3g} (McNemar, exact)"
         )
-
-    if world.rank == 0:
+    if compute.rank == 0:
         write_json(args.json, result)
         if args.predictions:
-            confidence, predicted = logits.softmax(1).max(1)
-            losses = F.cross_entropy(logits, labels, reduction="none")
-            with replacing(args.predictions, "w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(["path", "true_class", "predicted_class", "confidence", "loss"])
-                for path, t, p, c, loss in zip(paths, labels, predicted, confidence, losses, strict=True):
-                    writer.writerow([path, classes[t], classes[p], c.item(), loss.item()])
+            write_predictions(args.predictions, logits, labels, store.classes, paths)
         if args.split == "test":
-            run = Path(checkpoint.get("run", Path("runs") / Path(args.ckpt).stem))
-            if args.logdir or not run.is_dir():
-                run = Path(args.logdir or "runs") / run.name
+            run = Path(checkpoint.get("run", Path("runs", Path(args.ckpt).stem)))
+            if args.logdir or not run.is_dir():  # moved, or trained elsewhere
+                run = Path(args.logdir or "runs", run.name)
             step = checkpoint.get("epoch", 0)
             with SummaryWriter(run / "test", purge_step=step) as writer:
-                log_analysis(
-                    writer,
-                    result,
-                    logits,
-                    labels,
-                    paths,
-                    lambda places: store.batch(rows[places], torch.device("cpu"))[0].cpu(),
-                    step,
-                )
-    if world.size > 1:
+                log_analysis(writer, result, logits, labels, paths, lambda at: store.pictures(rows[at]), step)
+    if compute.size > 1:
         dist.destroy_process_group()
+
+
+def compare(args, paths: list[str], hits: torch.Tensor, store, rows: torch.Tensor, compute: Compute) -> dict:
+    """Return `--versus`'s accuracy on the same images, the difference to ours, and its p-value.
+
+    Raises:
+        DataError: the other checkpoint's images are others.
+    """
+    other = load(args.versus)
+    if sorted(other.get("split", {}).get(args.split, [])) != sorted(paths):
+        raise DataError(f"{args.versus}: its {args.split} split is not that of {args.ckpt}; nothing to compare")
+    network = build_from(args.versus, other, args.stride, compute)
+    labels = store.labels.cpu()[rows]
+    other_hits = evaluate(network, store, rows, compute).argmax(1) == labels
+    ours, theirs = (100 * h.float().mean().item() for h in (hits, other_hits))
+    return {"accuracy": theirs, "difference": ours - theirs, "p_value": mcnemar(hits, other_hits)}
 
 
 if __name__ == "__main__":

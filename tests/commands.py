@@ -42,9 +42,7 @@ class Command:
 
     def __init__(self, program: str, *argv, folder: Path, before=None):
         self.folder = folder
-        self.process = context.Process(
-            target=_child, args=(program, [str(arg) for arg in argv], str(folder), before)
-        )
+        self.process = context.Process(target=_child, args=(program, [str(arg) for arg in argv], str(folder), before))
         self.process.start()
 
     def _read(self, name: str) -> str:
@@ -66,7 +64,8 @@ class Command:
         """Wait until `condition()` holds; fail if it does not while the process lives."""
         end = time.monotonic() + timeout
         while not condition():
-            assert time.monotonic() < end and self.process.is_alive(), self.stderr
+            assert time.monotonic() < end, self.stderr
+            assert self.process.is_alive(), self.stderr
             time.sleep(0.002)
 
     def wait(self, timeout: float = 120) -> int:
