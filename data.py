@@ -155,7 +155,7 @@ def draw_sample(folder: Path, images_per_class: int = 80) -> Path:
         return folder
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
-        for name, outline in sample_outlines().items():
+        for name, outline in SHAPES.items():
             (temporary / name).mkdir(parents=True)
             for index in range(images_per_class):
                 picture = draw_shape(outline, random.Random(f"{name} {index}"))
@@ -169,54 +169,41 @@ def draw_sample(folder: Path, images_per_class: int = 80) -> Path:
     return folder
 
 
-def sample_outlines() -> dict[str, list[tuple[float, float]]]:
-    """Return the corners of the sample's shapes, within the unit circle."""
+def around(*radii: float) -> list[tuple[float, float]]:
+    """Return the corners of an outline with those radii at evenly spaced angles, clockwise from the top."""
+    turn = 2 * math.pi / len(radii)
+    return [(r * math.sin(i * turn), -r * math.cos(i * turn)) for i, r in enumerate(radii)]
 
-    def around(*radii: float) -> list[tuple[float, float]]:
-        turn = 2 * math.pi / len(radii)
-        return [(r * math.sin(i * turn), -r * math.cos(i * turn)) for i, r in enumerate(radii)]
 
-    arm, thin = 0.33, 0.12
-    return {
-        "arrow": [(0, -1), (0.6, -0.2), (0.2, -0.2), (0.2, 1), (-0.2, 1), (-0.2, -0.2), (-0.6, -0.2)],
-        "bar": [(-1, -thin), (1, -thin), (1, thin), (-1, thin)],
-        "circle": around(*[1] * 48),
-        "cross": [
-            *[(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)],
-            *[(arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)],
-        ],
-        "crescent": [*around(*[1] * 48)[24:], *[(0.55 * x, y) for x, y in around(*[1] * 48)[:23:-1]]],
-        "flower": around(*[0.75 + 0.25 * math.cos(i * math.pi / 4) for i in range(48)]),
-        "hourglass": [(-0.7, -1), (0.7, -1), (-0.7, 1), (0.7, 1)],
-        "square": around(1, 1, 1, 1),
-        "star": around(*[1, 0.4] * 5),
-        "triangle": around(1, 1, 1),
-    }
+SHAPES = {  # within the unit circle
+    "arrow": [(0, -1), (0.6, -0.2), (0.2, -0.2), (0.2, 1), (-0.2, 1), (-0.2, -0.2), (-0.6, -0.2)],
+    "bar": [(-1, -0.15), (1, -0.15), (1, 0.15), (-1, 0.15)],
+    "circle": around(*[1] * 48),
+    "flower": around(*[0.75 + 0.25 * math.cos(i * math.pi / 4) for i in range(48)]),
+    "halfmoon": around(*[1] * 24, *[0] * 24),
+    "hourglass": [(-0.7, -1), (0.7, -1), (-0.7, 1), (0.7, 1)],
+    "spark": around(*[1, 0.3] * 4),
+    "square": around(1, 1, 1, 1),
+    "star": around(*[1, 0.4] * 5),
+    "triangle": around(1, 1, 1),
+}
 
 
 def draw_shape(outline: list[tuple[float, float]], rng: random.Random) -> Image.Image:
     """Return an RGB picture, 120 to 200 pixels a side, of one shape on a noisy ground."""
-    width, height = rng.randint(120, 200), rng.randint(120, 200)
-    light, dark = rng.randint(150, 255), rng.randint(0, 80)
-    ground, ink = rng.choice([(light, dark), (dark, light)])
 
     def colour(level: int) -> tuple[int, ...]:
         return tuple(min(255, max(0, level + rng.randint(-50, 50))) for _ in range(3))
 
-    noise = Image.frombytes("RGB", (width // 8, height // 8), rng.randbytes(width // 8 * (height // 8) * 3))
-    picture = Image.blend(Image.new("RGB", (width, height), colour(ground)), noise.resize((width, height)), 0.25)
-    radius = min(width, height) * rng.uniform(0.28, 0.46)
-    x0 = rng.uniform(radius, width - radius)
-    y0 = rng.uniform(radius, height - radius)
-    angle, stretch = rng.uniform(-0.4, 0.4), rng.uniform(0.8, 1)
-    turned = [
-        (
-            x0 + radius * (stretch * x * math.cos(angle) - y * math.sin(angle)),
-            y0 + radius * (stretch * x * math.sin(angle) + y * math.cos(angle)),
-        )
-        for x, y in outline
-    ]
-    ImageDraw.Draw(picture).polygon(turned, fill=colour(ink))
+    width, height = rng.randint(120, 200), rng.randint(120, 200)
+    ground, ink = rng.sample([rng.randint(0, 80), rng.randint(150, 255)], 2)
+    noise = Image.frombytes("RGB", (16, 16), rng.randbytes(16 * 16 * 3)).resize((width, height))
+    picture = Image.blend(Image.new("RGB", (width, height), colour(ground)), noise, 0.25)
+    radius, angle, stretch = min(width, height) * rng.uniform(0.28, 0.46), rng.uniform(-0.4, 0.4), rng.uniform(0.8, 1)
+    x0, y0 = (rng.uniform(radius, side - radius) for side in (width, height))
+    cos, sin = radius * math.cos(angle), radius * math.sin(angle)
+    corners = [(x0 + stretch * x * cos - y * sin, y0 + stretch * x * sin + y * cos) for x, y in outline]
+    ImageDraw.Draw(picture).polygon(corners, fill=colour(ink))
     return picture.filter(ImageFilter.GaussianBlur(0.7))
 
 
