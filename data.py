@@ -40,7 +40,11 @@ AUGMENTATIONS = ("crop", "flip", "color", "erase")
 CROP_SCALE, CROP_RATIO = (0.35, 1.0), (3 / 4, 4 / 3)
 COLOR = 0.3
 ERASE = (0.02, 0.2)
-UNIFORMS = 12  # random numbers that the augmentation of one picture takes
+COLUMNS = (  # the random numbers that the augmentation of one picture takes
+    *("area", "ratio", "x", "y", "flip", "brightness", "contrast", "saturation"),
+    *("erase", "erased_area", "erased_x", "erased_y"),
+)
+UNIFORMS = len(COLUMNS)
 
 
 class DataError(Exception):
@@ -429,16 +433,17 @@ def prepare(
         uniforms: an image's own random numbers in [0, 1), (B, UNIFORMS); needed with `augment`.
     """
     pixels = images.float().div_(255)
+    numbers = {} if uniforms is None else dict(zip(COLUMNS, uniforms.unbind(1), strict=True))  # (B,) each
     if "crop" in augment or "flip" in augment:
-        pixels = warp(pixels, size, augment, uniforms)
+        pixels = warp(pixels, size, augment, numbers)
     elif size != pixels.shape[-1]:
         pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
     if "color" in augment:
-        pixels = jitter(pixels, uniforms)
+        pixels = jitter(pixels, numbers)
     mean, std = statistics(pixels.device)
     pixels = pixels.sub_(mean).div_(std)
     if "erase" in augment:
-        pixels = erase(pixels, uniforms)
+        pixels = erase(pixels, numbers)
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
@@ -448,42 +453,44 @@ def restore(inputs: torch.Tensor) -> torch.Tensor:
     return (inputs * std + mean).clamp(0, 1)
 
 
-def warp(pixels: torch.Tensor, size: int, augment: tuple[str, ...], uniforms: torch.Tensor) -> torch.Tensor:
+def warp(pixels: torch.Tensor, size: int, augment: tuple[str, ...], numbers: dict) -> torch.Tensor:
     """Cut out, scale and mirror each picture in one pass of bilinear sampling.
 
     The cut is that of torchvision's RandomResizedCrop: CROP_SCALE of the area, CROP_RATIO of width
     to height, each drawn evenly (the ratio on a log scale), at any place where it fits.
     """
-    one = torch.ones_like(uniforms[:, 0])
-    width = height = one
+    one = torch.ones_like(numbers["x"])
+    width = height = mirror = one  # 1: the whole side
     if "crop" in augment:
-        area = CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * uniforms[:, 0]
-        ratio = CROP_RATIO[0] * (CROP_RATIO[1] / CROP_RATIO[0]) ** uniforms[:, 1]
+        area = CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * numbers["area"]
+        ratio = CROP_RATIO[0] * (CROP_RATIO[1] / CROP_RATIO[0]) ** numbers["ratio"]
         width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    mirror = torch.where(uniforms[:, 4] < 0.5, -one, one) if "flip" in augment else one
-    x, y = (1 - width) * (2 * uniforms[:, 2] - 1), (1 - height) * (2 * uniforms[:, 3] - 1)
-    zero = torch.zeros_like(one)
-    matrix = torch.stack([mirror * width, zero, x, zero, height, y], 1).view(-1, 2, 3)
+    if "flip" in augment:
+        mirror = torch.where(numbers["flip"] < 0.5, -one, one)
+    x, y = (1 - width) * (2 * numbers["x"] - 1), (1 - height) * (2 * numbers["y"] - 1)
+    matrix = torch.stack([mirror * width, 0 * x, x, 0 * y, height, y], 1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, [len(pixels), 3, size, size], align_corners=False)
     return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
 
-def jitter(pixels: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+def jitter(pixels: torch.Tensor, numbers: dict) -> torch.Tensor:
     """Change brightness, contrast and saturation of each picture by up to COLOR; stays in [0, 1]."""
-    brightness, contrast, saturation = (1 + COLOR * (2 * uniforms[:, 5:8] - 1)).view(-1, 3, 1, 1, 1).unbind(1)
-    pixels = pixels * brightness
+    brightness, contrast, saturation = (
+        (1 + COLOR * (2 * numbers[name] - 1)).view(-1, 1, 1, 1) for name in ("brightness", "contrast", "saturation")
+    )
     grey = pixels.mean(1, keepdim=True)
-    pixels = grey + saturation * (pixels - grey)
     level = grey.mean((2, 3), keepdim=True)
-    return (level + contrast * (pixels - level)).clamp_(0, 1)
+    pixels = level + contrast * (grey + saturation * (pixels - grey) - level)
+    return pixels.mul_(brightness).clamp_(0, 1)
 
 
-def erase(inputs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Replace a random square of ERASE of the area by the mean colour in half of the pictures."""
+def erase(inputs: torch.Tensor, numbers: dict) -> torch.Tensor:
+    """Replace a random square, ERASE of the area, by the mean colour in half of the pictures."""
     size = inputs.shape[-1]
-    chance, area, x, y = uniforms[:, 8:12].view(-1, 4, 1, 1, 1).unbind(1)
-    side = (ERASE[0] + (ERASE[1] - ERASE[0]) * area).sqrt() * (chance < 0.5)
+    side = (ERASE[0] + (ERASE[1] - ERASE[0]) * numbers["erased_area"]).sqrt() * (numbers["erase"] < 0.5)
     place = (torch.arange(size, device=inputs.device) + 0.5) / size
-    inside_x = (place - x * (1 - side) - side / 2).abs() < side / 2  # (B, 1, 1, size)
-    inside_y = (place - y * (1 - side) - side / 2).abs() < side / 2
-    return inputs.masked_fill(inside_x & inside_y.transpose(2, 3), 0)
+    rows, columns = (
+        (place - (start * (1 - side) + side / 2)[:, None]).abs() < side[:, None] / 2  # (B, size)
+        for start in (numbers["erased_y"], numbers["erased_x"])
+    )
+    return inputs.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)

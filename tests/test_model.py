@@ -1,0 +1,72 @@
+"""The network and its checkpoint file."""
+
+import pytest
+import torch
+import torchvision
+
+import model
+
+
+@pytest.fixture(scope="module")
+def torchvision_alexnet():
+    torch.manual_seed(0)
+    return torchvision.models.alexnet(num_classes=101).eval()
+
+
+def test_weights_move_to_and_from_torchvision_and_give_equal_logits(torchvision_alexnet):
+    network = model.AlexNet(101, stride=4).eval()
+    network.load_state_dict(torchvision_alexnet.state_dict())
+    torchvision_alexnet.load_state_dict(network.state_dict())
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(network(images), torchvision_alexnet(images), rtol=0, atol=1e-5)
+
+
+def test_layers_are_the_reports(torchvision_alexnet):
+    network = model.AlexNet()
+    assert [name for name, _ in network.named_children()] == ["features", "avgpool", "classifier"]
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in torchvision_alexnet.state_dict().items()}
+    first = network.features[0]
+    assert (first.stride, first.padding) == ((2, 2), (2, 2))
+    assert sum(p.numel() for p in network.parameters()) == 57_417_637
+    with torch.inference_mode():
+        assert network.features(torch.zeros(1, 3, 224, 224)).shape == (1, 256, 12, 12)
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+def test_smallest_pictures_that_the_docstring_promises(stride, monkeypatch):
+    monkeypatch.setattr(model, "HIDDEN", 8)
+    network, smallest = model.AlexNet(3, stride).eval(), {2: 35, 4: 63}[stride]
+    assert network(torch.zeros(1, 3, smallest, smallest)).shape == (1, 3)
+    with pytest.raises(RuntimeError):
+        network(torch.zeros(1, 3, smallest - stride, smallest - stride))
+
+
+def test_he_initialisation_keeps_the_variance_of_a_layers_input():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(1000, 1000)
+    model.init_he(layer)
+    assert layer.weight.std().item() == pytest.approx((2 / 1000) ** 0.5, rel=0.01)
+    assert not layer.bias.any()
+
+
+def test_build_returns_the_saved_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "HIDDEN", 8)
+    network = model.AlexNet(7, stride=4).eval()
+    checkpoint = {"state_dict": network.state_dict(), "stride": 4, "versions": {"format": model.FORMAT}}
+    model.save(checkpoint, tmp_path / "a.pth")
+    again = model.build(model.load(tmp_path / "a.pth"))
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(network(images), again(images))
+    assert not again.training
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.pth"
+    model.save({"state_dict": {}, "versions": {}}, path)
+    old = path.read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        model.save({"state_dict": lambda: None}, path)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]

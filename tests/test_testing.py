@@ -1,0 +1,226 @@
+"""What `test.py` reports, draws and predicts."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import commands
+import pytest
+import torch
+from commands import ROOT
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import data
+import model
+import test
+
+
+def test_wilson_interval_of_the_reports_result():
+    assert test.wilson(442, 867) == pytest.approx((47.7, 54.3), abs=0.05)
+    assert test.wilson(0, 10)[0] == pytest.approx(0)
+    assert test.wilson(10, 10)[1] == pytest.approx(100)
+
+
+def test_mcnemar_is_the_two_sided_binomial_test_of_the_disagreements():
+    first = torch.tensor([True] * 8 + [False] * 2 + [True] * 5)
+    second = torch.tensor([False] * 8 + [True] * 2 + [True] * 5)
+    assert test.mcnemar(first, second) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert test.mcnemar(first, first) == 1
+
+
+def test_figures_of_a_case_worked_by_hand():
+    logits = torch.tensor([[9.0, 0, 0], [9, 0, 0], [0, 9, 0], [9, 0, 0]])
+    result = test.figures(logits, torch.tensor([0, 0, 1, 1]), ["a", "b", "c"])
+    assert result["images"] == 4
+    assert result["accuracy"] == 75
+    assert result["top5_accuracy"] == 100
+    assert result["mean_class_accuracy"] == pytest.approx((100 + 50) / 2)
+    assert [entry["accuracy"] for entry in result["classes"]] == [100, 50, None]
+    right, wrong = (-torch.log_softmax(torch.tensor([9.0, 0, 0]), 0)[:2]).tolist()
+    assert result["loss"] == pytest.approx((3 * right + wrong) / 4, rel=1e-5)
+
+
+def test_calibration_error_of_a_case_worked_by_hand():
+    confidence = torch.tensor([0.95, 0.95, 0.55, 1.0])
+    error, bins = test.calibration(confidence, torch.tensor([True, False, True, True]))
+    assert bins[9].tolist() == pytest.approx([0.75, (0.95 + 0.95 + 1) / 3, 2 / 3])
+    assert error == pytest.approx(100 * (0.75 * abs(2.9 / 3 - 2 / 3) + 0.25 * 0.45))
+
+
+@pytest.fixture(scope="module")
+def tested(trained):
+    """Standard output and figures of a test, and the folder it was made in."""
+    output = commands.run("test", "--json", "test.json", "--predictions", "test.csv", "--flip", folder=trained).stdout
+    return output, json.loads((trained / "test.json").read_text()), trained
+
+
+def test_the_tested_images_are_the_manifests_and_no_training_images(tested):
+    _, result, folder = tested
+    split = torch.load(folder / "alexnet.pth", weights_only=True)["split"]
+    with open(folder / "test.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == split["test"]
+    assert not set(split["test"]) & (set(split["train"]) | set(split["valid"]))
+    assert all(row["true_class"] == row["path"].split("/")[0] for row in rows)
+    hits = sum(row["true_class"] == row["predicted_class"] for row in rows)
+    assert result["accuracy"] == 100 * hits / len(rows)
+    assert result["loss"] == pytest.approx(sum(float(row["loss"]) for row in rows) / len(rows), rel=1e-4)
+    assert {"split", "images", "loss", "accuracy", "accuracy_low", "accuracy_high"} <= result.keys()
+    assert {"top5_accuracy", "mean_class_accuracy", "classes", "flip_accuracy"} <= result.keys()
+    assert (result["split"], result["images"]) == ("test", 8)
+
+
+def test_a_second_test_gives_the_same_figures_and_no_second_events(tested):
+    output, result, folder = tested
+    again = commands.run("test", "--json", "again.json", "--flip", folder=folder)
+    assert again.stdout == output
+    assert json.loads((folder / "again.json").read_text()) == result
+    events = EventAccumulator(str(folder / "runs" / "run" / "test")).Reload()
+    assert len(events.Scalars("accuracy")) == 1
+
+
+def test_valid_split_gives_exactly_the_accuracy_that_training_printed(tested):
+    _, _, folder = tested
+    commands.run("test", "--split", "valid", "--json", "valid.json", folder=folder)
+    result = json.loads((folder / "valid.json").read_text())
+    checkpoint = torch.load(folder / "alexnet.pth", weights_only=True)
+    assert result["accuracy"] == checkpoint["valid_accuracy"]
+    assert len(EventAccumulator(str(folder / "runs" / "run" / "test")).Reload().Scalars("loss")) == 1
+
+
+def test_events_lie_beside_those_of_training_at_the_checkpoints_epoch(tested):
+    _, result, folder = tested
+    epoch = torch.load(folder / "alexnet.pth", weights_only=True)["epoch"]
+    events = EventAccumulator(str(folder / "runs" / "run" / "test")).Reload()
+    for tag in ("loss", "accuracy", "top5_accuracy", "mean_class_accuracy"):
+        (event,) = events.Scalars(tag)
+        assert event.step == epoch
+        assert event.value == pytest.approx(result[tag], rel=1e-6)
+    assert {"confusion_matrix", "reliability", "worst_mistakes"} == set(events.Tags()["images"])
+    texts = {tag.split("/")[0] for tag in events.Tags()["tensors"]}
+    assert {"most_confused", "classes", "precision_recall"} <= texts
+
+
+def test_versus_compares_on_the_same_images_and_refuses_others(tested, flags):
+    _, result, folder = tested
+    shutil.copy(folder / "alexnet.pth", folder / "copy.pth")
+    output = commands.run("test", "--versus", "copy.pth", "--json", folder=folder).stdout
+    versus = json.loads(output)["versus"]
+    assert versus == {"accuracy": result["accuracy"], "difference": 0, "p_value": 1}
+    commands.run("train", *flags, "--epochs", 1, "--seed", 5, "--ckpt", "other.pth", folder=folder)
+    refused = commands.run("test", "--versus", "other.pth", folder=folder, status=1)
+    assert "its test split is not that of" in commands.one_line(refused)
+
+
+def test_a_bare_state_dict_is_tested_with_a_warning_that_the_split_is_drawn(tested, flags, photos):
+    _, result, folder = tested
+    checkpoint = torch.load(folder / "alexnet.pth", weights_only=True)
+    torch.save(checkpoint["state_dict"], folder / "bare.pth")
+    bare = ["--ckpt", "bare.pth", "--data", photos, "--stride", 4, "--json", "bare.json"]
+    output = commands.run("test", *bare, folder=folder).stdout
+    assert "holds no split" in output
+    assert json.loads((folder / "bare.json").read_text())["accuracy"] == result["accuracy"]
+
+
+def test_data_may_have_moved(tested, photos, tmp_path):
+    _, result, folder = tested
+    copy = shutil.copytree(photos, tmp_path / "elsewhere")
+    commands.run("test", "--data", copy, "--cache", tmp_path / "c", "--json", "moved.json", folder=folder)
+    assert json.loads((folder / "moved.json").read_text())["accuracy"] == result["accuracy"]
+
+
+# ---------------------------------------------------------------------------------------- prediction
+
+
+def test_images_are_named_with_the_preprocessing_of_testing_and_bad_ones_do_not_stop_it(tested, photos):
+    _, _, folder = tested
+    with open(folder / "test.csv") as file:
+        row = next(csv.DictReader(file))
+    picture = photos / "101_ObjectCategories" / row["path"]
+    (folder / "text.jpg").write_text("no picture")
+    images = ["--images", picture, "text.jpg", "missing.jpg", photos / "101_ObjectCategories" / "star"]
+    answered = commands.run("test", *images, "--json", folder=folder, status=1)
+    good, text, missing, *star = json.loads(answered.stdout)
+    assert good["predictions"][0]["class"] == row["predicted_class"]
+    assert good["predictions"][0]["probability"] == pytest.approx(float(row["confidence"]), abs=0.01)
+    assert (len(good["predictions"]), len(star)) == (5, 8)
+    assert (text["path"], missing["error"]) == ("text.jpg", "no such file")
+    assert "text.jpg: can't be read as a picture\n" in answered.stderr
+    assert answered.stderr.count("\n") == 2
+    printed = commands.run("test", "--images", picture, folder=folder).stdout
+    assert printed.splitlines()[0] == str(picture)
+    assert printed.splitlines()[1].split()[2] == row["predicted_class"]
+
+
+def test_images_need_no_data_set(trained, photos, tmp_path):
+    shutil.copy(trained / "alexnet.pth", tmp_path)
+    shutil.copy(photos / "101_ObjectCategories" / "star" / "image_0001.jpg", tmp_path)
+    alone = commands.run("test", "--images", "image_0001.jpg", "--json", "a.json", folder=tmp_path, before=forget_data)
+    assert alone.stdout.startswith("image_0001.jpg\n")
+    assert len(json.loads((tmp_path / "a.json").read_text())) == 1
+
+
+def forget_data():
+    def refuse(*_):
+        raise AssertionError("looked for a data set")
+
+    data.locate = refuse
+
+
+# ------------------------------------------------------------------------------------------- drawing
+
+
+@pytest.mark.parametrize("count", [3, 101])
+def test_confusion_picture_shows_the_row_shares(count):
+    matrix = torch.zeros(count, count, dtype=torch.long)
+    matrix[0, 0], matrix[0, 1], matrix[1, 1] = 3, 1, 7
+    picture = test.confusion_picture(matrix, [f"class {index}" for index in range(count)])
+    cell = 10 if count > 40 else 24
+    left = picture.shape[2] - count * cell
+
+    def ink(true, predicted):
+        return picture[:, true * cell + cell // 2, left + predicted * cell + cell // 2].tolist()
+
+    assert ink(1, 1) == [0, 0, 255]
+    assert ink(1, 0) == [255, 255, 255]
+    assert ink(0, 1)[0] > ink(0, 0)[0] > 0
+    assert picture.dtype == torch.uint8
+
+
+def test_captioned_grid_holds_the_pictures():
+    images = torch.randint(0, 256, (9, 3, 224, 224), dtype=torch.uint8)
+    grid = test.captioned_grid(images, ["file\ntrue: a\nb, 90% sure"] * 9)
+    assert torch.equal(grid[:, :224, :224], images[0])
+    assert torch.equal(grid[:, 282 : 282 + 224, :224], images[8])
+    assert grid[:, 224:282, :224].min() < 128
+
+
+def test_reliability_picture_has_a_bar_as_high_as_the_accuracy():
+    bins = torch.zeros(10, 3)
+    bins[9] = torch.tensor([1.0, 0.95, 0.5])
+    picture = test.reliability_picture(bins)
+    column = picture[:, :, 400 - 40 - 10].int()
+    blue = (column[2] > column[0] + 50).nonzero()
+    assert blue.min().item() == pytest.approx(40 + 160, abs=2)
+
+
+def test_readme_and_help_name_the_same_flags():
+    text = (ROOT / "README.md").read_text()
+    import train
+
+    for flags in train.FLAGS.values():
+        for name in flags:
+            assert f"--{name.replace('_', '-')}" in text, name
+
+
+def test_report_script_weights_can_be_tested_by_the_real_command_line(photos, cache, tmp_path):
+    """The real network, in a process of its own, from an untrained bare state_dict."""
+    torch.manual_seed(0)
+    torch.save(model.AlexNet(10, stride=4).state_dict(), tmp_path / "alexnet.pth")
+    done = commands.shell(ROOT / "test.py", "--data", photos, "--cache", cache, "--stride", 4, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "8 images" in done.stdout
+    assert (tmp_path / "runs" / "alexnet" / "test").is_dir()
+    assert Image.open(Path(photos / "101_ObjectCategories" / "star" / "image_0001.jpg")).mode == "RGB"
