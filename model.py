@@ -24,6 +24,15 @@ class CheckpointError(Exception):
     """A checkpoint that can't be read, used or written; the message says what to do."""
 
 
+class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    """As PyTorch's. MPS can't divide maps unevenly, so there the CPU does: they are small."""
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        if maps.device.type == "mps":
+            return super().forward(maps.cpu()).to(maps.device)
+        return super().forward(maps)
+
+
 class AlexNet(nn.Module):
     """Krizhevsky's network in its one-tower form (https://arxiv.org/abs/1404.5997).
 
@@ -54,7 +63,7 @@ class AlexNet(nn.Module):
             nn.ReLU(inplace=True),
             nn.MaxPool2d(kernel_size=3, stride=2),  # (B, 256, 12, 12)
         )
-        self.avgpool = nn.AdaptiveAvgPool2d((6, 6))
+        self.avgpool = AdaptiveAvgPool2d((6, 6))
         self.classifier = nn.Sequential(
             nn.Dropout(dropout),
             nn.Linear(256 * 6 * 6, HIDDEN),

@@ -26,6 +26,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once: huge pages spare page faults
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ RECIPES = {  # a recipe is a set of defaults for ordinary flags
     ),
     "strong": dict(
         lr=3e-4, schedule="cosine", warmup_epochs=2, weight_decay=0.05, label_smoothing=0.1,
-        augment="crop,flip,color", train_size="128-224", ema=0.998, init="he",
+        augment="crop,flip,color", train_size="112-208", ema=0.998, init="he",
     ),
 }  # fmt: skip
 MAY_CHANGE = {"epochs", "data", "cache", "device", "ckpt", "logdir", "resume"}  # when a run goes on
