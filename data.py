@@ -202,8 +202,8 @@ def draw_shape(outline: list[tuple[float, float]], rng: random.Random) -> Image.
     width, height = rng.randint(120, 200), rng.randint(120, 200)
     ground, ink = rng.sample([rng.randint(0, 80), rng.randint(150, 255)], 2)
     noise = Image.frombytes("RGB", (16, 16), rng.randbytes(16 * 16 * 3)).resize((width, height))
-    picture = Image.blend(Image.new("RGB", (width, height), colour(ground)), noise, 0.25)
-    radius, angle, stretch = min(width, height) * rng.uniform(0.28, 0.46), rng.uniform(-0.4, 0.4), rng.uniform(0.8, 1)
+    picture = Image.blend(Image.new("RGB", (width, height), colour(ground)), noise, 0.2)
+    radius, angle, stretch = min(width, height) * rng.uniform(0.32, 0.46), rng.uniform(-0.35, 0.35), rng.uniform(0.8, 1)
     x0, y0 = (rng.uniform(radius, side - radius) for side in (width, height))
     cos, sin = radius * math.cos(angle), radius * math.sin(angle)
     corners = [(x0 + stretch * x * cos - y * sin, y0 + stretch * x * sin + y * cos) for x, y in outline]
@@ -434,7 +434,7 @@ def prepare(
     """
     pixels = images.float().div_(255)
     numbers = {} if uniforms is None else dict(zip(COLUMNS, uniforms.unbind(1), strict=True))  # (B,) each
-    if "crop" in augment or "flip" in augment:
+    if len(pixels) and ("crop" in augment or "flip" in augment):  # a process's share of a batch may be empty
         pixels = warp(pixels, size, augment, numbers)
     elif size != pixels.shape[-1]:
         pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)

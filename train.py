@@ -21,6 +21,7 @@ import platform
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
@@ -58,6 +60,10 @@ MAY_CHANGE = {"epochs", "data", "cache", "device", "ckpt", "logdir", "resume"}  
 EVAL_BATCH = 128  # images in a batch without gradients
 
 
+class UsageError(Exception):
+    """The command line makes no sense; the message says what does."""
+
+
 class TrainingError(Exception):
     """Training can't go on; the message says what to change."""
 
@@ -65,7 +71,7 @@ class TrainingError(Exception):
 class Interrupted(Exception):
     """SIGINT or SIGTERM asked the program to stop."""
 
-    def __init__(self, signum: int, advice: str = "nothing was trained yet"):
+    def __init__(self, signum: int, advice: str = "no training was lost"):
         super().__init__(f"interrupted; {advice}")
         self.signum = signum
 
@@ -88,9 +94,7 @@ class Parser(argparse.ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
             message += f"; did you mean {near[0]}?" if near else ""
-        if os.environ.get("RANK", "0") != "0":
-            sys.exit(2)
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
+        raise UsageError(f"{message} (see --help)")
 
 
 def number(kind: type, low: float, high: float):
@@ -216,18 +220,18 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
         checkpoint = load(last)
         if "optimizer" not in checkpoint:
             raise CheckpointError(f"{last}: is not a resume checkpoint; train.py writes one as NAME.last.pth")
+        if not resume and checkpoint["job"] != job():  # ours was too young to have saved anything
+            checkpoint = None
+    if checkpoint:
         stored = checkpoint["args"]
         wrong = [name for name in given if name not in MAY_CHANGE and stored.get(name) != given[name]]
-        if wrong and resume:
+        if wrong:
             flag = "--" + wrong[0].replace("_", "-")
             parser.error(
                 f"{flag} {given[wrong[0]]} contradicts the run in {last}, which has {stored.get(wrong[0])}; "
                 f"leave {flag} out, or start a new run without --resume"
             )
-        if wrong:  # another run's: torchrun has restarted one that was too young to have saved anything
-            checkpoint = None
-        else:
-            args |= stored | {"ckpt": args["ckpt"]} | given
+        args |= stored | {"ckpt": args["ckpt"]} | given
     args = argparse.Namespace(**args)
     if checkpoint and args.epochs < checkpoint["epoch"]:
         parser.error(f"--epochs {args.epochs}: the run in {last} has already trained {checkpoint['epoch']}")
@@ -240,25 +244,35 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
 
 def run_cli(main) -> None:
     """Run `main()`: what a user can mend ends as one line on standard error and an exit status."""
+    threading.excepthook = lambda _: None  # TensorBoard's writers raise again in this thread
+    rank = os.environ.get("RANK", "0")
     try:
         main()
         return
     except Interrupted as stop:
         message, status = str(stop), 128 + stop.signum
+        if rank != "0":
+            sys.exit(status)
     except KeyboardInterrupt:
         message, status = "interrupted", 128 + signal.SIGINT
+    except UsageError as error:
+        message, status = f"error: {error}", 2
     except (DataError, CheckpointError, TrainingError) as error:
         message, status = f"error: {error}", 1
     except OSError as error:
-        message, status = f"error: {error.filename or ''}: {error.strerror or error}", 1
+        message, status = f"error: {os.fsdecode(error.filename or 'a file')}: {error.strerror or error}", 1
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             message = "error: out of memory; try a smaller --batch-size, a smaller --train-size or --stride 4"
-        elif dist.is_initialized():
-            message = f"error: another process was lost ({str(error).splitlines()[0]})"
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            message = "error: another process was lost; its own message, or torchrun's report, says why"
         else:
             raise
         status = 1
+    if rank != "0":  # process 0 most likely says the same; torchrun then ends this one
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_DFL)
+        time.sleep(5)
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
@@ -313,6 +327,8 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
     if device == "auto":
         best = torch.accelerator.current_accelerator(check_available=True)
         device = best.type if best and best.type in ("cuda", "mps") else "cpu"
+    if size > 1 and device.startswith("cuda:"):
+        raise TrainingError(f"--device {device} is one GPU for {size} processes; give --device cuda")
     chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
     if chosen.type == "cuda":
         if chosen.index >= torch.cuda.device_count():
@@ -326,8 +342,18 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        store, rank, size = next(rendezvous("env://"))
+        if os.environ["GROUP_WORLD_SIZE"] == "1":  # torchrun keeps its store when it restarts the processes of
+            # one machine, and with it the addresses of those that died
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return Compute(chosen, choose_precision(chosen, precision), rank, size, local)
+
+
+def job() -> str | None:
+    """Return what tells a start of torchrun from another, restarts included; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def choose_precision(device: torch.device, choice: str) -> torch.dtype:
@@ -361,7 +387,7 @@ class Signals:
     def handle(self, signum: int, frame) -> None:
         if self.at_once:
             raise Interrupted(signum)
-        if self.received and signum == signal.SIGINT and self.compute.size == 1:  # torchrun sends it twice
+        if self.received and signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         self.received = signum
@@ -538,12 +564,16 @@ class Run:
             TrainingError: the loss is not finite.
         """
         loss, hits, images = sums.tolist()
+        self.check_finite(loss)
+        return loss / max(images, 1), 100 * hits / max(images, 1)  # a process may not have had its first yet
+
+    def check_finite(self, loss: float) -> None:
+        """Raise TrainingError if `loss` is not finite."""
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is not finite in epoch {self.epoch + 1}, step {self.step}, at a learning rate of "
                 f"{self.optimizer.param_groups[0]['lr']:g}; the best checkpoint is kept; try a lower --lr"
             )
-        return loss / images, 100 * hits / images
 
     def run_epoch(self, watch=iter) -> dict:
         """Train what is left of the epoch, validate, and return the new row of the history."""
@@ -551,6 +581,7 @@ class Run:
         started, rows = time.perf_counter(), self.rows["valid"]
         logits = evaluate(self.result, self.store, rows, self.compute, watch=watch)
         valid_loss, valid_accuracy = score(logits, self.store.labels.cpu()[rows])
+        self.check_finite(valid_loss)  # the last step may have broken the weights
         figures = {
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
@@ -585,6 +616,7 @@ class Run:
             "seconds": self.seconds,
             "history": self.history,
             "fingerprint": self.store.fingerprint,
+            "job": job(),
         }
         self._save(state, last_path(self.args.ckpt))
 
@@ -701,6 +733,16 @@ def filter_grid(weight: torch.Tensor) -> torch.Tensor:
     return grid.repeat_interleave(4, 1).repeat_interleave(4, 2)
 
 
+@contextlib.contextmanager
+def explained(folder: Path):
+    """Turn an error of the file system while logging into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise TrainingError(f"{folder}: the log can't be written ({reason}); mend that and --resume") from error
+
+
 def new_folder(logdir: str, name: str | None) -> Path:
     """Create and return the folder of a new run; a second run of one name gets `-2` behind it."""
     name, attempt = name or time.strftime("%Y-%m-%d_%H-%M-%S"), 1
@@ -743,11 +785,12 @@ def main(argv: list[str] | None = None) -> None:
         size = sum(p.numel() * p.element_size() for p in run.network.parameters())
         check_writable(args.ckpt, size)
         check_writable(last_path(args.ckpt), size * (4 if args.ema else 3))
-    log = Log(run) if compute.rank == 0 else Silent()
     say(f"{len(run.rows['train'])} training images, {len(store.classes)} classes, {device_title(compute.device)}")
-    if not run.epoch and not run.step:
-        log.start(" ".join(["python", *sys.argv]))
-    fit(run, log, signals, say)
+    with explained(folder):
+        log = Log(run) if compute.rank == 0 else Silent()
+        if not run.epoch and not run.step:
+            log.start(" ".join(["python", *sys.argv]))
+        fit(run, log, signals, say)
     if compute.size > 1:
         dist.destroy_process_group()
 

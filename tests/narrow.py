@@ -3,6 +3,7 @@
 Environment variables:
     EVENT: `kill 1 5,13` lets a worker be killed, the one of rank 1, when it begins its 5th training
         step, and when torchrun has restarted it, its 13th from there.
+    LATE: the rank of a worker that begins two seconds after the others.
     DECODED: a file that gets a byte for each picture decoded.
 """
 
@@ -62,4 +63,6 @@ if __name__ == "__main__":
         let_happen(*os.environ["EVENT"].split())
     if "DECODED" in os.environ:
         count_decoded(os.environ["DECODED"])
+    if os.environ.get("LATE") == os.environ["RANK"]:
+        time.sleep(2)
     train.run_cli({"train": train, "test": test}[program].main)

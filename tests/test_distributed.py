@@ -156,6 +156,12 @@ def test_a_batch_that_the_processes_cannot_share_evenly_is_one_line(odd_flags, t
     assert "--batch-size 7" in message
 
 
+def test_a_mistyped_flag_is_one_line_even_if_the_first_process_is_late(tmp_path):
+    result = torchrun("train", "--epoch", 2, folder=tmp_path, status=1, LATE="0")
+    (message,) = messages(result)
+    assert "did you mean --epochs?" in message
+
+
 def test_a_data_error_is_reported_once_and_ends_all_processes(odd_photos, odd_flags, tmp_path):
     folder = shutil.copytree(odd_photos, tmp_path / "photos")
     (folder / "101_ObjectCategories" / "bar" / "image_0001.jpg").write_bytes(b"no picture")

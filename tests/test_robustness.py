@@ -100,9 +100,19 @@ def kill_in(seconds: float) -> None:
     threading.Timer(seconds, send, [signal.SIGKILL]).start()
 
 
+def interrupt_twice() -> None:
+    send(signal.SIGINT)
+    send(signal.SIGINT)
+
+
 def limit_files(size: int) -> None:
     """Let every write beyond `size` bytes of a file fail, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def fill_disk_and_stop() -> None:
+    limit_files(1_000_000)
+    send(signal.SIGTERM)
 
 
 def run_out_of_memory() -> None:
@@ -225,9 +235,7 @@ def test_an_interruption_before_a_resumed_run_trains_keeps_its_checkpoint(copy):
 
 
 def test_a_second_ctrl_c_ends_the_program_at_once(flags, tmp_path):
-    before = partial(after_step, 3, os.system, f"kill -INT {'$PPID'}; sleep 0.1; kill -INT $PPID")
-    command = Command("train", *flags, folder=tmp_path, before=before)
-    assert command.wait() == 130
+    run("train", *flags, folder=tmp_path, before=partial(after_step, 3, interrupt_twice), status=130)
     assert not list(tmp_path.glob("*.pth"))
 
 
@@ -235,9 +243,8 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(recipe, tmp_path):
     flags, unbroken = recipe
     last, rng, kills, halfway = tmp_path / "alexnet.last.pth", random.Random(0), 0, 0
     while kills < KILLS:
-        action = partial(rng.choice([kill_in, send]))
-        action = partial(action, rng.random() / 20 if action.func is kill_in else signal.SIGKILL)
-        before = partial(at_event, rng.randint(1, 30), action)
+        action = rng.choice([partial(send, signal.SIGKILL), partial(kill_in, rng.random() / 20)])
+        before = partial(at_event, rng.randint(1, 20), action)
         command = Command("train", *(["--resume"] if last.exists() else flags), folder=tmp_path, before=before)
         status = command.wait()
         assert status in (0, 137), command.stderr
@@ -358,7 +365,7 @@ def test_too_little_room_for_a_checkpoint_is_noticed_before_training(flags, phot
     assert not list(tmp_path.glob("*.pth*"))
 
 
-@pytest.mark.parametrize("size", [0, 1_000_000], ids=["at all", "for a checkpoint"])
+@pytest.mark.parametrize("size", [10_000, 1_000_000], ids=["for the log", "for a checkpoint"])
 def test_a_disk_that_fills_up_spoils_nothing(one_epoch, trained, size):
     kept, before = contents(one_epoch), partial(after_step, 3, limit_files, size)
     failed = run("train", "--resume", "--epochs", 3, folder=one_epoch, before=before, status=1)
@@ -370,12 +377,7 @@ def test_a_disk_that_fills_up_spoils_nothing(one_epoch, trained, size):
 
 
 def test_a_full_disk_at_an_interruption_spoils_nothing(one_epoch):
-    def fill_and_stop():
-        limit_files(1_000_000)
-        send(signal.SIGTERM)
-
-    kept = contents(one_epoch)
-    before = partial(after_step, 3, os.system, "ulimit -f 0; prlimit --fsize=1000000 --pid $PPID; kill $PPID")
+    kept, before = contents(one_epoch), partial(after_step, 3, fill_disk_and_stop)
     failed = run("train", "--resume", "--epochs", 3, folder=one_epoch, before=before, status=1)
     assert "alexnet.last.pth" in one_line(failed)
     assert contents(one_epoch) == kept
@@ -426,12 +428,6 @@ def test_a_loss_that_is_not_finite_names_epoch_step_and_rate(one_epoch):
     assert "epoch 2, step 3" in error
     assert "0.001" in error
     assert contents(one_epoch) == kept
-
-
-def test_a_rate_that_is_far_too_high_is_named(flags, tmp_path):
-    failed = run("train", *flags, "--lr", 100, "--epochs", 3, folder=tmp_path, status=1)
-    assert "not finite" in one_line(failed)
-    assert "rate of 100" in failed.stderr
 
 
 def test_weights_that_break_in_the_last_step_are_not_called_a_result(one_epoch):
