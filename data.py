@@ -115,7 +115,7 @@ def class_folders(root: Path) -> list[str]:
     return sorted(
         entry.name
         for entry in os.scandir(root)
-        if entry.is_dir() and not entry.name.startswith(".") and entry.name != "BACKGROUND_Google"
+        if os.path.isdir(entry.path) and not entry.name.startswith(".") and entry.name != "BACKGROUND_Google"
     )
 
 
@@ -128,7 +128,7 @@ def scan(root: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
     """
     images, classes = [], []
     for name in class_folders(root):
-        found, visited = [], set()
+        found, visited = [], {os.path.realpath(root)}
         for folder, folders, files in os.walk(root / name, followlinks=True):
             real = os.path.realpath(folder)
             if real in visited:  # a link back to where we have been
@@ -282,8 +282,10 @@ def decode_once(root: Path, paths: list[str], file: Path) -> Path:
             out.write(readable)
             out.flush()
             os.fsync(out.fileno())
+            if not os.path.samestat(os.fstat(out.fileno()), os.stat(temporary)):
+                raise FileNotFoundError
         os.replace(temporary, file)
-    except FileNotFoundError:  # another process has renamed it (or, interrupted, removed it)
+    except FileNotFoundError:  # another process has renamed or, interrupted, removed it
         return decode_once(root, paths, file)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -391,11 +393,11 @@ def split(paths: list[str], seed: int) -> dict[str, list[str]]:
     """Return the manifest: `paths` split 8:1:1 at random under `seed`.
 
     Raises:
-        DataError: a part would be empty.
+        DataError: there are fewer than 10, so that a part would be empty.
     """
-    parts = random_split(paths, [0.8, 0.1, 0.1], torch.Generator().manual_seed(seed))
-    if not all(len(part) for part in parts):
+    if len(paths) < 10:
         raise DataError(f"{len(paths)} images are too few to split 8:1:1; at least 10 are needed")
+    parts = random_split(paths, [0.8, 0.1, 0.1], torch.Generator().manual_seed(seed))
     return {name: list(part) for name, part in zip(("train", "valid", "test"), parts, strict=True)}
 
 

@@ -182,7 +182,7 @@ def load(path: str | Path) -> dict:
     versions = checkpoint.get("versions")
     if not isinstance(checkpoint.get("state_dict"), dict) or not isinstance(versions, dict):
         raise CheckpointError(f"{path}: is no checkpoint of this program")
-    if versions.get("format", FORMAT) > FORMAT:
+    if versions.get("format", FORMAT) not in range(1, FORMAT + 1):
         raise CheckpointError(f"{path}: was made by a newer version of this program; update it")
     return checkpoint
 

@@ -24,7 +24,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from data import SUFFIXES, DataError, ImageStore, decode, prepare, split
 from model import CheckpointError, build, load, replacing
-from train import DEFAULTS, Compute, Parser, add_flag, data_folder, evaluate, number, run_cli, score, set_up
+from train import DEFAULTS, Compute, Parser, add_flag, data_folder, evaluate, number, printable, run_cli, score, set_up
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 
@@ -187,7 +187,7 @@ def log_analysis(writer: SummaryWriter, result: dict, logits, labels, paths: lis
         images: returns the pictures, uint8 (n, 3, S, S), at given places in that order.
         step: the checkpoint's epoch.
     """
-    classes = [entry["name"] for entry in result["classes"]]
+    classes = [printable(entry["name"]) for entry in result["classes"]]
     probabilities = logits.softmax(1)
     confidence, predicted = probabilities.max(1)
     for name in ("loss", "accuracy", "top5_accuracy", "mean_class_accuracy", "calibration_error"):
@@ -200,7 +200,8 @@ def log_analysis(writer: SummaryWriter, result: dict, logits, labels, paths: lis
     losses = F.cross_entropy(logits, labels, reduction="none")
     wrong = [i for i in losses.argsort(descending=True).tolist() if predicted[i] != labels[i]][:32]
     captions = [
-        f"{Path(paths[i]).name}\ntrue: {classes[labels[i]]}\n{classes[predicted[i]]}, {confidence[i]:.0%} sure"
+        f"{printable(Path(paths[i]).name)}\n"
+        f"true: {classes[labels[i]]}\n{classes[predicted[i]]}, {confidence[i]:.0%} sure"
         for i in wrong
     ]
     if wrong:
@@ -213,11 +214,11 @@ def log_analysis(writer: SummaryWriter, result: dict, logits, labels, paths: lis
     ]
     writer.add_text("most_confused", table(["true", "predicted", "images"], pairs), step)
     ranked = sorted((e for e in result["classes"] if e["images"]), key=lambda entry: entry["accuracy"])
-    rows = [[entry["name"], entry["images"], f"{entry['accuracy']:.1f}"] for entry in ranked]
+    rows = [[printable(entry["name"]), entry["images"], f"{entry['accuracy']:.1f}"] for entry in ranked]
     writer.add_text("classes", table(["class, worst first", "images", "accuracy, %"], rows), step)
     for entry in ranked[:5]:
-        label = classes.index(entry["name"])
-        writer.add_pr_curve(f"precision_recall/{entry['name']}", labels == label, probabilities[:, label], step)
+        label = classes.index(printable(entry["name"]))
+        writer.add_pr_curve(f"precision_recall/{classes[label]}", labels == label, probabilities[:, label], step)
 
 
 # ------------------------------------------------------------------------------------------ commands

@@ -159,7 +159,7 @@ FLAGS = {  # by group: the type or the choices, the default unless recipes give 
         "skip_bad_images": (bool, False, "go on without the images that can't be read"),
     },
     "machine": {
-        "device": (matching(r"auto|cpu|cuda(:\d+)?|mps", "one of auto, cpu, cuda, cuda:N, mps"), "auto",
+        "device": (matching(r"auto|cpu|cuda(:[0-9]{1,2})?|mps", "one of auto, cpu, cuda, cuda:N, mps"), "auto",
                    "auto, cpu, cuda, cuda:N or mps"),
         "precision": (["auto", "fp32", "bf16", "fp16"], "auto", "auto: 16 bits where the device is built for it"),
         "compile": (bool, False, "torch.compile the network"),
@@ -210,6 +210,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     given = vars(parser.parse_args(argv))  # only what was given, so that it can be told from defaults
     args = DEFAULTS | RECIPES[given.get("recipe", DEFAULTS["recipe"])] | given
     resume, checkpoint = args["resume"], None
+    for name in ("ckpt", "resume"):
+        if isinstance(args[name], str) and not Path(args[name]).name:
+            parser.error(f"--{name} {args[name]!r} names no file")
     if isinstance(resume, str):
         args["ckpt"] = str(Path(resume).with_name(Path(resume).name.replace(".last", "")))
         if given.get("ckpt", args["ckpt"]) != args["ckpt"]:
@@ -237,14 +240,20 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
         parser.error(f"--epochs {args.epochs}: the run in {last} has already trained {checkpoint['epoch']}")
     if args.warmup_epochs and args.warmup_epochs >= args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
-    if args.name and Path(args.name).name != args.name:
+    if args.name is not None and (Path(args.name).name != args.name or args.name in ("", "..")):
         parser.error(f"--name {args.name!r} must be a plain name, without folders")
     return args, checkpoint
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether an error of torch's is that of a device, or the machine, without enough memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def run_cli(main) -> None:
     """Run `main()`: what a user can mend ends as one line on standard error and an exit status."""
     threading.excepthook = lambda _: None  # TensorBoard's writers raise again in this thread
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     rank = os.environ.get("RANK", "0")
     try:
         main()
@@ -262,8 +271,8 @@ def run_cli(main) -> None:
     except OSError as error:
         message, status = f"error: {os.fsdecode(error.filename or 'a file')}: {error.strerror or error}", 1
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            message = "error: out of memory; try a smaller --batch-size, a smaller --train-size or --stride 4"
+        if out_of_memory(error):
+            message = "error: out of memory; end other programs, or give --device cpu"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             message = "error: another process was lost; its own message, or torchrun's report, says why"
         else:
@@ -460,6 +469,7 @@ class Run:
     """All that a run is: what is trained, how far it has come, and what it has seen of this epoch.
 
     Attributes:
+        folder: of its log; set once it is clear that it can be saved.
         epoch: epochs completed.
         step: steps completed in the epoch after those.
         sums: float32 (3,) on the device: loss, hits and images of these steps, of this process.
@@ -468,10 +478,11 @@ class Run:
         best: the row with the highest validation accuracy, None before the first.
     """
 
-    def __init__(self, args, store: ImageStore, manifest: dict, compute: Compute, folder: Path):
-        self.args, self.store, self.manifest, self.compute, self.folder = args, store, manifest, compute, folder
+    def __init__(self, args, store: ImageStore, manifest: dict, compute: Compute):
+        self.args, self.store, self.manifest, self.compute = args, store, manifest, compute
         self.rows = {name: store.rows(manifest[name]) for name in ("train", "valid")}
         self.epoch, self.step, self.seconds, self.history, self.best = 0, 0, 0.0, [], None
+        self.folder = Path(args.logdir)
         self.sums = torch.zeros(3, device=compute.device)
 
         torch.manual_seed(args.seed)
@@ -636,7 +647,13 @@ class Run:
             save(about | state, path)
 
     def restore(self, checkpoint: dict) -> None:
-        """Stand where `save_last` wrote `checkpoint`. Random numbers need no state: see above."""
+        """Stand where `save_last` wrote `checkpoint`. Random numbers need no state: see above.
+
+        Raises:
+            DataError: the images are not those of `checkpoint`.
+        """
+        if (checkpoint["fingerprint"], checkpoint["classes"]) != (self.store.fingerprint, self.store.classes):
+            raise DataError(f"{self.store.root}: its images have changed since the run began; bring those back")
         self.network.load_state_dict(checkpoint["state_dict"])
         if self.averaged:
             self.averaged.load_state_dict(checkpoint["averaged"])
@@ -698,7 +715,7 @@ class Log:
             **versions(),
             **vars(run.args),
         }
-        lines = [f"| {name} | {value} |" for name, value in facts.items()]
+        lines = [f"| {name} | {printable(value)} |" for name, value in facts.items()]
         self.train.add_text("run", "\n".join(["| | |", "|---|---|", *lines]), 0)
 
     def epoch(self, row: dict) -> None:
@@ -727,6 +744,11 @@ class Log:
         self.valid.close()
 
 
+def printable(value: object) -> str:
+    """Return `value` as text that can be encoded, whatever the names of files hold."""
+    return str(value).encode(errors="backslashreplace").decode()
+
+
 def filter_grid(weight: torch.Tensor) -> torch.Tensor:
     """Return the first layer's filters (64, 3, 11, 11), each over its full range, as one RGB picture."""
     grid = make_grid(weight.detach().float(), nrow=8, padding=1, normalize=True, scale_each=True)
@@ -734,22 +756,30 @@ def filter_grid(weight: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def explained(folder: Path):
-    """Turn an error of the file system while logging into one that says what to do."""
+def explained(run: Run):
+    """Turn a log that can't be written, and a batch that does not fit, into errors that say what to do."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise TrainingError(f"{folder}: the log can't be written ({reason}); mend that and --resume") from error
+        raise TrainingError(
+            f"{run.folder}: the log can't be written ({error.strerror or error}); make room or mend the folder; "
+            "what was saved before can go on with --resume"
+        ) from error
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"out of memory at --batch-size {run.args.batch_size}; try half of it, a smaller --train-size or --stride 4"
+        ) from error
 
 
-def new_folder(logdir: str, name: str | None) -> Path:
-    """Create and return the folder of a new run; a second run of one name gets `-2` behind it."""
+def new_folder(logdir: str, name: str | None, resumed: bool) -> Path:
+    """Create and return the folder of a run; a second run of one name gets `-2` behind it."""
     name, attempt = name or time.strftime("%Y-%m-%d_%H-%M-%S"), 1
     while True:
         folder = Path(logdir).resolve() / (name if attempt == 1 else f"{name}-{attempt}")
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=resumed)
             return folder
         attempt += 1
 
@@ -769,24 +799,20 @@ def main(argv: list[str] | None = None) -> None:
         store = ImageStore(args.data, args.cache, args.skip_bad_images)
     if store.skipped:
         say(f"{store.skipped} images can't be read and are skipped")
-    if checkpoint:
-        if (checkpoint["fingerprint"], checkpoint["classes"]) != (store.fingerprint, store.classes):
-            raise DataError(f"{store.root}: these are not the images that the run was trained on; bring those back")
-        manifest, folder = checkpoint["split"], Path(args.logdir).resolve() / Path(checkpoint["run"]).name
-    else:
-        manifest = split(store.paths, args.seed)
-        folder = new_folder(args.logdir, args.name) if compute.rank == 0 else Path(args.logdir)
+    manifest = checkpoint["split"] if checkpoint else split(store.paths, args.seed)
     store.move_to(compute.device)
-    run = Run(args, store, manifest, compute, folder)
-    if checkpoint:
-        run.restore(checkpoint)
-        del checkpoint  # as large as the run itself
+    run = Run(args, store, manifest, compute)
     if compute.rank == 0:
         size = sum(p.numel() * p.element_size() for p in run.network.parameters())
         check_writable(args.ckpt, size)
         check_writable(last_path(args.ckpt), size * (4 if args.ema else 3))
+        name = Path(checkpoint["run"]).name if checkpoint else args.name
+        run.folder = new_folder(args.logdir, name, bool(checkpoint))
+    if checkpoint:
+        run.restore(checkpoint)
+        del checkpoint  # as large as the run itself
     say(f"{len(run.rows['train'])} training images, {len(store.classes)} classes, {device_title(compute.device)}")
-    with explained(folder):
+    with explained(run):
         log = Log(run) if compute.rank == 0 else Silent()
         if not run.epoch and not run.step:
             log.start(" ".join(["python", *sys.argv]))

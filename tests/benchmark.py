@@ -62,7 +62,7 @@ def program_steps(data: str, stride: int, precision: str):
     args, _ = train.parse(["--data", data, "--stride", str(stride), "--precision", precision])
     store = ImageStore(args.data, args.cache)
     compute = train.set_up("cpu", args.precision)
-    run = train.Run(args, store, split(store.paths, args.seed), compute, Path())
+    run = train.Run(args, store, split(store.paths, args.seed), compute)
     waited, fetch = [], store.batch
 
     def batch(*arguments):

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a network gains nothing from more
 ROOT = Path(__file__).resolve().parent.parent
 context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 context.set_forkserver_preload(["train", "test", "commands"]) if hasattr(os, "fork") else None

@@ -85,7 +85,8 @@ def test_the_pictures_are_decoded_once_per_machine(unbroken):
 
 
 def test_two_processes_train_as_one_does(odd_flags, tmp_path):
-    flags = [*odd_flags, "--dropout", 0, "--epochs", 1]
+    # Adam divides a gradient by its size: where that is near zero, rounding is all that is left of it
+    flags = [*odd_flags, "--dropout", 0, "--epochs", 1, "--init", "he", "--augment", "none"]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     commands.run("train", *flags, folder=tmp_path / "one")

@@ -23,7 +23,7 @@ import train
 
 STRONG = ["--recipe", "strong", "--warmup-epochs", "1", "--train-size", "64-96"]
 TIMINGS = ("images_per_second", "seconds")
-KILLS = 20
+KILLS = 10  # for each recipe
 is_root = hasattr(os, "geteuid") and os.geteuid() == 0
 
 # ------------------------------------------------- what happens inside a command: passed as `before`
@@ -221,7 +221,7 @@ def test_the_advice_of_an_interrupted_run_names_its_checkpoint(flags, tmp_path):
 def test_an_interruption_while_pictures_are_decoded_leaves_nothing(flags, tmp_path, signum, status):
     before = partial(at_picture, 10, send, signum)
     stopped = run("train", *flags, "--cache", tmp_path / "cache", folder=tmp_path, before=before, status=status)
-    assert "nothing was trained yet" in one_line(stopped)
+    assert "no training was lost" in one_line(stopped)
     assert not list((tmp_path / "cache").iterdir())
     assert not list(tmp_path.glob("*.pth"))
     assert not (tmp_path / "runs").exists()
@@ -230,7 +230,7 @@ def test_an_interruption_while_pictures_are_decoded_leaves_nothing(flags, tmp_pa
 def test_an_interruption_before_a_resumed_run_trains_keeps_its_checkpoint(copy):
     before, kept = partial(at_picture, 10, send, signal.SIGINT), contents(copy)
     stopped = run("train", "--resume", "--cache", copy / "cache", folder=copy, before=before, status=130)
-    assert "nothing was trained" not in one_line(stopped)
+    assert "no training was lost" in one_line(stopped)
     assert contents(copy) == kept
 
 
@@ -241,7 +241,7 @@ def test_a_second_ctrl_c_ends_the_program_at_once(flags, tmp_path):
 
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(recipe, tmp_path):
     flags, unbroken = recipe
-    last, rng, kills, halfway = tmp_path / "alexnet.last.pth", random.Random(0), 0, 0
+    last, rng, kills, halfway = tmp_path / "alexnet.last.pth", random.Random(len(flags)), 0, 0
     while kills < KILLS:
         action = rng.choice([partial(send, signal.SIGKILL), partial(kill_in, rng.random() / 20)])
         before = partial(at_event, rng.randint(1, 20), action)
@@ -253,9 +253,11 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(recipe, tmp_path):
         if status == 0:
             assert same(outcome(tmp_path), unbroken)
             last.unlink()
+        if not last.exists():
+            shutil.rmtree(tmp_path / "runs", ignore_errors=True)
     run("train", *(["--resume"] if last.exists() else flags), folder=tmp_path)
     assert same(outcome(tmp_path), unbroken)
-    assert halfway > 1, "no file was being written at any of the kills: the test shows too little"
+    assert halfway, "no file was being written at any of the kills: the test shows too little"
     assert not leftovers(tmp_path)
 
 
@@ -400,7 +402,7 @@ def test_a_checkpoint_folder_that_vanishes_is_one_line(flags, tmp_path):
 def test_a_log_folder_that_fails_is_one_line(flags, tmp_path, before):
     argv = [*flags, "--epochs", 1, "--name", "run"]
     failed = run("train", *argv, folder=tmp_path, before=before, status=1)
-    assert "history.csv" in one_line(failed)
+    assert "the log can't be written" in one_line(failed)
     assert not leftovers(tmp_path)
 
 
@@ -452,6 +454,11 @@ def decoded(folder: Path) -> Path:
     return file
 
 
+def assert_equal_in(file: Path, cache: Path) -> None:
+    """Check a decoded file against that of the session's cache, which has the same name."""
+    assert filecmp.cmp(file, cache / file.name, shallow=False)
+
+
 def test_two_processes_may_fill_one_cache_at_once(flags, trained, cache, tmp_path):
     folders, argv = [tmp_path / "1", tmp_path / "2"], [*flags, "--epochs", 1, "--cache", tmp_path / "cache"]
     for folder in folders:
@@ -460,7 +467,7 @@ def test_two_processes_may_fill_one_cache_at_once(flags, trained, cache, tmp_pat
     commands = [Command("train", *argv, folder=folder, before=slow) for folder in folders]
     assert [command.wait() for command in commands] == [0, 0], [command.stderr for command in commands]
     assert same(*map(outcome, folders))
-    assert filecmp.cmp(decoded(tmp_path / "cache"), decoded(cache), shallow=False)
+    assert_equal_in(decoded(tmp_path / "cache"), cache)
 
 
 def test_a_process_may_be_interrupted_while_another_fills_the_same_cache(flags, trained, cache, tmp_path):
@@ -470,7 +477,7 @@ def test_a_process_may_be_interrupted_while_another_fills_the_same_cache(flags, 
     other.wait_for(lambda: list((tmp_path / "cache").glob("*.tmp")))
     run("train", *argv, folder=tmp_path, before=partial(at_picture, 5, send, signal.SIGINT), status=130)
     assert other.wait() == 0, other.stderr
-    assert filecmp.cmp(decoded(tmp_path / "cache"), decoded(cache), shallow=False)
+    assert_equal_in(decoded(tmp_path / "cache"), cache)
 
 
 def test_a_killed_decoding_leaves_no_wrong_pictures(flags, trained, cache, tmp_path):
@@ -478,4 +485,4 @@ def test_a_killed_decoding_leaves_no_wrong_pictures(flags, trained, cache, tmp_p
     run("train", *argv, folder=tmp_path, before=partial(at_picture, 70, send, signal.SIGKILL), status=137)
     assert not list(fresh.glob("*.uint8"))
     run("train", *argv, folder=tmp_path)
-    assert filecmp.cmp(decoded(fresh), decoded(cache), shallow=False)
+    assert_equal_in(decoded(fresh), cache)

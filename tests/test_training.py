@@ -50,7 +50,7 @@ def run(photos, cache, tmp_path, monkeypatch):
         args, _ = train.parse([*f"--data {photos} --cache {cache} --stride 4 --train-size 64".split(), *flags])
         store = data.ImageStore(args.data, args.cache)
         compute = train.Compute(torch.device("cpu"), torch.float32, 0, 1, 0)
-        return train.Run(args, store, data.split(store.paths, args.seed), compute, tmp_path)
+        return train.Run(args, store, data.split(store.paths, args.seed), compute)
 
     return make
 
