@@ -83,12 +83,16 @@ class AlexNet(nn.Module):
         return self.classifier(torch.flatten(maps, 1))
 
 
-def init_he(network: nn.Module) -> None:
-    """Draw weights that keep the variance through ReLUs (https://arxiv.org/abs/1502.01852)."""
+def init_he(network: AlexNet) -> None:
+    """Draw weights that keep the variance through ReLUs (https://arxiv.org/abs/1502.01852).
+
+    Those of the last layer are small, as in that paper: so training starts from even odds.
+    """
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
+    nn.init.normal_(network.classifier[-1].weight, std=0.01)
 
 
 @contextlib.contextmanager

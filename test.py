@@ -147,7 +147,7 @@ def confusion_picture(matrix: torch.Tensor, classes: list[str]) -> torch.Tensor:
     for index in range(0, len(classes) + 1, 5):
         draw.line([(0, index * cell), (margin + side, index * cell)], "#cccccc")
         draw.line([(margin + index * cell, 0), (margin + index * cell, side + margin)], "#cccccc")
-    draw.text((6, side + 6), "rows: true\ncolumns: predicted", "black", font)
+    draw.text((6, side + 6), "rows: true\ncolumns:\npredicted", "black", font)
     return pil_to_tensor(picture)
 
 

@@ -711,7 +711,7 @@ class Log:
             "classes": len(run.store.classes),
             "parameters": f"{sum(p.numel() for p in network.parameters()):,}",
             "arithmetic": forward,
-            "device": f"{device_title(run.compute.device)}, {str(run.compute.dtype).removeprefix('torch.')}",
+            "computed on": f"{device_title(run.compute.device)}, {str(run.compute.dtype).removeprefix('torch.')}",
             **versions(),
             **vars(run.args),
         }
@@ -811,6 +811,12 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint:
         run.restore(checkpoint)
         del checkpoint  # as large as the run itself
+        if run.best and not Path(args.ckpt).exists():
+            say(f"{args.ckpt}, the best of epochs 1 to {run.epoch}, is missing: only a better epoch will write it anew")
+    elif last_path(args.ckpt).exists():
+        say(
+            f"{last_path(args.ckpt)} is an earlier run's, and replaced after an epoch; --resume goes on with it instead"
+        )
     say(f"{len(run.rows['train'])} training images, {len(store.classes)} classes, {device_title(compute.device)}")
     with explained(run):
         log = Log(run) if compute.rank == 0 else Silent()

@@ -43,12 +43,16 @@ def test_smallest_pictures_that_the_docstring_promises(stride, monkeypatch):
         network(torch.zeros(1, 3, smallest - stride, smallest - stride))
 
 
-def test_he_initialisation_keeps_the_variance_of_a_layers_input():
+def test_he_initialisation_keeps_the_variance_and_starts_from_even_odds(monkeypatch):
+    monkeypatch.setattr(model, "HIDDEN", 256)
     torch.manual_seed(0)
-    layer = torch.nn.Linear(1000, 1000)
-    model.init_he(layer)
-    assert layer.weight.std().item() == pytest.approx((2 / 1000) ** 0.5, rel=0.01)
-    assert not layer.bias.any()
+    network = model.AlexNet(10)
+    model.init_he(network)
+    for layer in (network.features[3], network.features[10], network.classifier[1]):
+        assert layer.weight.std().item() == pytest.approx((2 / layer.weight[0].numel()) ** 0.5, rel=0.02)
+        assert not layer.bias.any()
+    odds = network.eval()(torch.randn(4, 3, 128, 128)).softmax(1)
+    assert odds.max() < 0.3
 
 
 def test_build_returns_the_saved_network(tmp_path, monkeypatch):
