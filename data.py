@@ -13,6 +13,7 @@ read, one transfer and one set of tensor operations, and no worker process is ne
 import contextlib
 import functools
 import hashlib
+import io
 import math
 import os
 import random
@@ -36,15 +37,11 @@ CALTECH101_IMAGES = 8677  # without BACKGROUND_Google, which is no class
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 SIZE = 224  # pixels, both sides, of a stored picture
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights use
-AUGMENTATIONS = ("crop", "flip", "color", "erase")
+AUGMENTATIONS = ("crop", "flip", "color")
 CROP_SCALE, CROP_RATIO = (0.35, 1.0), (3 / 4, 4 / 3)
 COLOR = 0.3
-ERASE = (0.02, 0.2)
-COLUMNS = (  # the random numbers that the augmentation of one picture takes
-    *("area", "ratio", "x", "y", "flip", "brightness", "contrast", "saturation"),
-    *("erase", "erased_area", "erased_x", "erased_y"),
-)
-UNIFORMS = len(COLUMNS)
+COLUMNS = ("area", "ratio", "x", "y", "flip", "brightness", "contrast", "saturation")
+UNIFORMS = len(COLUMNS)  # random numbers that the augmentation of one picture takes
 
 
 class DataError(Exception):
@@ -119,6 +116,11 @@ def class_folders(root: Path) -> list[str]:
     )
 
 
+def refuse(error: OSError) -> None:
+    """Raise DataError for a folder that can't be listed, which `os.walk` would pass over."""
+    raise DataError(f"{error.filename}: can't be listed ({error.strerror})") from error
+
+
 def scan(root: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
     """List the images in `root`'s class folders, however deep, and the classes that have any.
 
@@ -129,7 +131,7 @@ def scan(root: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
     images, classes = [], []
     for name in class_folders(root):
         found, visited = [], {os.path.realpath(root)}
-        for folder, folders, files in os.walk(root / name, followlinks=True):
+        for folder, folders, files in os.walk(root / name, onerror=refuse, followlinks=True):
             real = os.path.realpath(folder)
             if real in visited:  # a link back to where we have been
                 folders.clear()
@@ -219,7 +221,7 @@ def digest(value: object) -> str:
     return hashlib.blake2b(repr(value).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
-def decode(path: str | Path) -> torch.Tensor:
+def decode(file: str | Path | io.BytesIO) -> torch.Tensor:
     """Return a picture of any kind that Pillow reads as uint8 (SIZE, SIZE, 3).
 
     It is turned upright by its EXIF tag and made RGB. Both sides are resized to SIZE, so the aspect
@@ -228,9 +230,7 @@ def decode(path: str | Path) -> torch.Tensor:
     Raises:
         Exception: it can't be read. Pillow raises almost anything on a damaged file.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no such file: {path}")
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         image.draft("RGB", (SIZE, SIZE))  # lets the JPEG decoder drop detail of a far larger picture
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel: convert() would cut, not scale
@@ -241,19 +241,19 @@ def decode(path: str | Path) -> torch.Tensor:
     return pil_to_tensor(image).permute(1, 2, 0)
 
 
-def try_decode(path: Path) -> bytes | None:
-    """Return the bytes of `decode(path)`, None if the picture can't be read."""
+def try_decode(path: Path) -> tuple[bytes, int]:
+    """Return the bytes of `decode(path)` and a checksum of the file, black and 0 if it can't be read."""
     try:
-        return decode(path).numpy().tobytes()
+        content = path.read_bytes() if path.is_file() else b""
+        return decode(io.BytesIO(content)).numpy().tobytes(), zlib.crc32(content) or 1
     except Exception:  # Pillow raises almost anything on a damaged file
-        return None
+        return bytes(SIZE * SIZE * 3), 0
 
 
 def decode_once(root: Path, paths: list[str], file: Path) -> Path:
-    """Write the pictures under `root` to `file`, unless it is there: all pixels, then a byte each.
+    """Write the pictures under `root` to `file`, unless it is there: all pixels, then all checksums.
 
-    That byte is 1 for a picture that could be read, 0 for one that could not and is black. Two
-    processes at once write the same bytes to the same places, so neither spoils the other's file.
+    Two processes at once write the same bytes to the same places, so neither spoils the other's file.
 
     Raises:
         OSError: the file can't be written.
@@ -266,7 +266,7 @@ def decode_once(root: Path, paths: list[str], file: Path) -> Path:
         if stale != temporary:
             with contextlib.suppress(OSError):  # Windows keeps a file that a process has mapped
                 stale.unlink()
-    readable = bytearray()
+    checksums = []
     try:
         with (
             os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b") as out,
@@ -275,11 +275,11 @@ def decode_once(root: Path, paths: list[str], file: Path) -> Path:
         ):
             for start in range(0, len(paths), 256):  # bounds what waits in memory to be written
                 chunk = [root / path for path in paths[start : start + 256]]
-                for pixels in pool.map(try_decode, chunk):
-                    out.write(pixels or bytes(SIZE * SIZE * 3))
-                    readable.append(pixels is not None)
+                for pixels, checksum in pool.map(try_decode, chunk):
+                    out.write(pixels)
+                    checksums.append(checksum)
                 bar.update(len(chunk))
-            out.write(readable)
+            out.write(torch.tensor(checksums).numpy().tobytes())
             out.flush()
             os.fsync(out.fileno())
             if not os.path.samestat(os.fstat(out.fileno()), os.stat(temporary)):
@@ -313,7 +313,7 @@ class ImageStore:
         labels: int64 (N,).
         pixels: uint8 (N, SIZE, SIZE, 3).
         skipped: how many pictures could not be read and were left out.
-        fingerprint: changes when an image is added, removed, renamed or gets another size.
+        fingerprint: changes when an image is added, removed, renamed or gets another content.
 
     Raises:
         DataError: too few classes or images, some can't be read, or the cache can't be written.
@@ -325,7 +325,6 @@ class ImageStore:
         paths = [path for path, _, _ in images]
         if len(self.classes) < 2:
             raise DataError(f"{self.root}: at least two class folders with images are needed")
-        self.fingerprint = digest([image[:2] for image in images])
         name = f"{digest(os.path.realpath(self.root))}-{digest([SIZE, images])}.uint8"
         try:
             file = decode_once(self.root, paths, Path(cache) / name)
@@ -334,10 +333,13 @@ class ImageStore:
                 f"{cache}: the decoded images ({len(paths) * SIZE * SIZE * 3 / 1e6:.0f} MB) can't be "
                 f"kept there ({error.strerror}); give another folder with --cache"
             ) from error
-        size = len(paths) * SIZE * SIZE * 3
-        stored = torch.from_file(str(file), shared=False, size=size + len(paths), dtype=torch.uint8)
-        readable = stored[size:].tolist()
-        bad = [path for path, good in zip(paths, readable, strict=True) if not good]
+        size, bad = len(paths) * SIZE * SIZE * 3, []
+        stored = torch.from_file(str(file), shared=False, size=size + 8 * len(paths), dtype=torch.uint8)
+        checksums = stored[size:].view(torch.int64).tolist()
+        bad = [path for path, checksum in zip(paths, checksums, strict=True) if not checksum]
+        if any(try_decode(self.root / path)[1] for path in bad):  # mended since
+            file.unlink()
+            return self.__init__(data, cache, skip_bad_images)
         self.skipped = len(bad)
         if bad and not skip_bad_images:
             raise DataError(
@@ -345,7 +347,8 @@ class ImageStore:
                 f"{', '.join(map(repr, bad))}; mend or remove them, or give --skip-bad-images"
             )
         self.pixels = stored[:size].view(len(paths), SIZE, SIZE, 3)
-        self._row = {path: row for row, path in enumerate(paths) if readable[row]}
+        self.fingerprint = digest([paths, checksums])
+        self._row = {path: row for row, path in enumerate(paths) if checksums[row]}
         self.paths = list(self._row)
         label = {name: index for index, name in enumerate(self.classes)}
         self.labels = torch.tensor([label[path.split("/")[0]] for path in paths])
@@ -443,10 +446,7 @@ def prepare(
     if "color" in augment:
         pixels = jitter(pixels, numbers)
     mean, std = statistics(pixels.device)
-    pixels = pixels.sub_(mean).div_(std)
-    if "erase" in augment:
-        pixels = erase(pixels, numbers)
-    return pixels.contiguous(memory_format=torch.channels_last)
+    return pixels.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
 
 def restore(inputs: torch.Tensor) -> torch.Tensor:
@@ -484,15 +484,3 @@ def jitter(pixels: torch.Tensor, numbers: dict) -> torch.Tensor:
     level = grey.mean((2, 3), keepdim=True)
     pixels = level + contrast * (grey + saturation * (pixels - grey) - level)
     return pixels.mul_(brightness).clamp_(0, 1)
-
-
-def erase(inputs: torch.Tensor, numbers: dict) -> torch.Tensor:
-    """Replace a random square, ERASE of the area, by the mean colour in half of the pictures."""
-    size = inputs.shape[-1]
-    side = (ERASE[0] + (ERASE[1] - ERASE[0]) * numbers["erased_area"]).sqrt() * (numbers["erase"] < 0.5)
-    place = (torch.arange(size, device=inputs.device) + 0.5) / size
-    rows, columns = (
-        (place - (start * (1 - side) + side / 2)[:, None]).abs() < side[:, None] / 2  # (B, size)
-        for start in (numbers["erased_y"], numbers["erased_x"])
-    )
-    return inputs.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)

@@ -10,6 +10,7 @@ order of the folder. Figures go to the log folder of the run that the checkpoint
 
 import argparse
 import csv
+import io
 import json
 import math
 import sys
@@ -24,7 +25,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from data import SUFFIXES, DataError, ImageStore, decode, prepare, split
 from model import CheckpointError, build, load, replacing
-from train import DEFAULTS, Compute, Parser, add_flag, data_folder, evaluate, number, printable, run_cli, score, set_up
+from train import DEFAULTS, Compute, Parser, add_flag, evaluate, number, printable, run_cli, score, set_up
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 
@@ -36,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", default=DEFAULTS["ckpt"], help="checkpoint to test (default: %(default)s)")
     add("--split", choices=["test", "valid", "train"], default="test", help="(default: %(default)s)")
-    add("--data", type=data_folder, help="as for train.py (default: where it was trained)")
+    add("--data", help="as for train.py (default: where it was trained)")
     add("--cache", help="folder for the decoded images (default: the training's)")
     add("--json", nargs="?", const="-", metavar="FILE", help="write the figures to FILE (without: print them)")
     add("--predictions", metavar="FILE", help="write a CSV row for each image")
@@ -232,6 +233,8 @@ def predict(args: argparse.Namespace, checkpoint: dict, network: torch.nn.Module
     for path in map(Path, args.images):
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         answers += [name_picture(file, classes, network, compute) for file in inside]
+        if not inside:
+            answers.append({"path": str(path), "error": "no pictures in this folder"})
     for answer in answers:
         if "error" in answer:
             print(f"test.py: {answer['path']}: {answer['error']}", file=sys.stderr)
@@ -240,18 +243,16 @@ def predict(args: argparse.Namespace, checkpoint: dict, network: torch.nn.Module
             for guess in answer["predictions"]:
                 print(f"  {100 * guess['probability']:5.1f} %  {guess['class']}")
     write_json(args.json, answers)
-    return bool(answers) and not any("error" in answer for answer in answers)
+    return not any("error" in answer for answer in answers)
 
 
 @torch.inference_mode()
 def name_picture(path: Path, classes: list[str], network: torch.nn.Module, compute: Compute) -> dict:
     """Return a picture's path with its likeliest classes and their probabilities, or with an error."""
     try:
-        image = decode(path)
-    except FileNotFoundError:
-        return {"path": str(path), "error": "no such file"}
+        image = decode(io.BytesIO(path.read_bytes()))
     except Exception:  # Pillow raises almost anything on a damaged file
-        return {"path": str(path), "error": "can't be read as a picture"}
+        return {"path": str(path), "error": "can't be read as a picture" if path.is_file() else "no such file"}
     with compute.autocast():
         logits = network(prepare(image.permute(2, 0, 1)[None].to(compute.device)))
     likely = logits[0].float().softmax(0).topk(min(5, len(classes)))
@@ -283,7 +284,9 @@ def write_predictions(target: str, logits: torch.Tensor, labels: torch.Tensor, c
 def build_from(path: str, checkpoint: dict, stride: int, compute: Compute) -> torch.nn.Module:
     """Return the network of the checkpoint that was read from `path`, on the device."""
     try:
-        return build(checkpoint, stride).to(compute.device, memory_format=torch.channels_last)
+        if "optimizer" in checkpoint:
+            raise CheckpointError("is there for --resume; test the best checkpoint, which lies beside it")
+        return build(checkpoint, stride).to(compute.device, memory_format=compute.layout)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -314,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     compute = set_up(args.device, args.precision or trained["precision"])
     network = build_from(args.ckpt, checkpoint, args.stride, compute)
     if args.images:
-        sys.exit(0 if predict(args, checkpoint, network, compute) else 1)
+        sys.exit(0 if compute.rank or predict(args, checkpoint, network, compute) else 1)
 
     say = print if compute.rank == 0 and args.json != "-" else lambda _: None
     with compute.first_on_machine():
@@ -324,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{args.ckpt}: epoch {checkpoint['epoch']}, valid accuracy {checkpoint['valid_accuracy']:.2f} %")
     else:
         say(f"{args.ckpt} holds no split: it is drawn from --seed {args.seed}, and can't be checked")
-    paths = checkpoint.get("split", split(store.paths, args.seed))[args.split]
+    paths = (checkpoint["split"] if "split" in checkpoint else split(store.paths, args.seed))[args.split]
     rows = store.rows(paths)
     labels = store.labels.cpu()[rows]
 

@@ -124,11 +124,6 @@ def matching(pattern: str, meaning: str):
     return parse
 
 
-def data_folder(text: str) -> str:
-    """Make a data folder absolute, so that a checkpoint's is found from anywhere."""
-    return text if text == "sample" else os.path.abspath(text)
-
-
 NAMES, PIXELS = "|".join(data.AUGMENTATIONS), r"(6[4-9]|[7-9]\d|[1-4]\d\d)"
 FLAGS = {  # by group: the type or the choices, the default unless recipes give it, the help
     "experiment": {
@@ -153,7 +148,7 @@ FLAGS = {  # by group: the type or the choices, the default unless recipes give 
         "dropout": (number(float, 0, 1), 0.5, "probability"),
     },
     "data": {
-        "data": (data_folder, os.path.abspath("data"), "folder that holds 101_ObjectCategories, or any folder of "
+        "data": (str, data.DEFAULT_DATA, "folder that holds 101_ObjectCategories, or any folder of "
                  "class folders, or 'sample' to have a small one drawn; the default is downloaded if missing"),
         "cache": (str, data.default_cache(), "folder for the decoded images"),
         "skip_bad_images": (bool, False, "go on without the images that can't be read"),
@@ -214,16 +209,15 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
         if isinstance(args[name], str) and not Path(args[name]).name:
             parser.error(f"--{name} {args[name]!r} names no file")
     if isinstance(resume, str):
-        args["ckpt"] = str(Path(resume).with_name(Path(resume).name.replace(".last", "")))
+        args["ckpt"] = str(Path(resume).with_name(Path(resume).stem.removesuffix(".last") + Path(resume).suffix))
         if given.get("ckpt", args["ckpt"]) != args["ckpt"]:
             parser.error(f"--ckpt {given['ckpt']} contradicts --resume {resume}, which goes with {args['ckpt']}")
     last = last_path(args["ckpt"])
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and last.exists()
-    if resume or restarted:
+    if resume or (job() and last.exists()):
         checkpoint = load(last)
         if "optimizer" not in checkpoint:
             raise CheckpointError(f"{last}: is not a resume checkpoint; train.py writes one as NAME.last.pth")
-        if not resume and checkpoint["job"] != job():  # ours was too young to have saved anything
+        if not resume and checkpoint["job"] != job():  # not of this run, which torchrun has not restarted
             checkpoint = None
     if checkpoint:
         stored = checkpoint["args"]
@@ -235,6 +229,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
                 f"leave {flag} out, or start a new run without --resume"
             )
         args |= stored | {"ckpt": args["ckpt"]} | given
+    for name in ("data", "cache", "logdir"):  # so that they are found again from any folder
+        if args[name] != "sample":
+            args[name] = os.path.abspath(args[name])
     args = argparse.Namespace(**args)
     if checkpoint and args.epochs < checkpoint["epoch"]:
         parser.error(f"--epochs {args.epochs}: the run in {last} has already trained {checkpoint['epoch']}")
@@ -245,9 +242,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     return args, checkpoint
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether an error of torch's is that of a device, or the machine, without enough memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether an error is that of a device, or the machine, without enough memory."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def run_cli(main) -> None:
@@ -270,7 +268,7 @@ def run_cli(main) -> None:
         message, status = f"error: {error}", 1
     except OSError as error:
         message, status = f"error: {os.fsdecode(error.filename or 'a file')}: {error.strerror or error}", 1
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             message = "error: out of memory; end other programs, or give --device cpu"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
@@ -303,6 +301,11 @@ class Compute:
         """Return a context in which convolutions and matrix products compute in `dtype`."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
 
+    @property
+    def layout(self) -> torch.memory_format:
+        """The order in memory in which convolutions are fast; on MPS the one that is well tried."""
+        return torch.contiguous_format if self.device.type == "mps" else torch.channels_last
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return `tensor` added up over all processes."""
         if self.size > 1:
@@ -319,11 +322,11 @@ class Compute:
     @contextlib.contextmanager
     def first_on_machine(self):
         """Let one process of each machine through the block first, then the others."""
-        if self.size > 1 and self.local_rank:
-            dist.barrier()
+        if self.local_rank:
+            self.any(0)  # a barrier
         yield
-        if self.size > 1 and not self.local_rank:
-            dist.barrier()
+        if not self.local_rank:
+            self.any(0)
 
 
 def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
@@ -332,12 +335,14 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
     Raises:
         TrainingError: there is no such device here.
     """
-    rank, size, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, size, local = (int(os.environ[name]) for name in names) if dist.is_torchelastic_launched() else (0, 1, 0)
     if device == "auto":
         best = torch.accelerator.current_accelerator(check_available=True)
         device = best.type if best and best.type in ("cuda", "mps") else "cpu"
-    if size > 1 and device.startswith("cuda:"):
-        raise TrainingError(f"--device {device} is one GPU for {size} processes; give --device cuda")
+        device = "cpu" if device == "mps" and size > 1 else device  # gloo and NCCL know no MPS
+    if size > 1 and (device == "mps" or device.startswith("cuda:")):
+        raise TrainingError(f"--device {device} is one device for {size} processes; give --device cuda or cpu")
     chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
     if chosen.type == "cuda":
         if chosen.index >= torch.cuda.device_count():
@@ -350,7 +355,7 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    if "RANK" in os.environ:
+    if dist.is_torchelastic_launched():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         store, rank, size = next(rendezvous("env://"))
         if os.environ["GROUP_WORLD_SIZE"] == "1":  # torchrun keeps its store when it restarts the processes of
@@ -361,8 +366,9 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
 
 
 def job() -> str | None:
-    """Return what tells a start of torchrun from another, restarts included; None without torchrun."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
+    """Return what tells a start of torchrun from another, restarts included; None where nothing does."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name == "none" else name
 
 
 def choose_precision(device: torch.device, choice: str) -> torch.dtype:
@@ -489,10 +495,7 @@ class Run:
         network = AlexNet(len(store.classes), args.stride, args.dropout)
         if args.init == "he":
             init_he(network)
-        layout = torch.preserve_format if compute.device.type == "mps" else torch.channels_last
-        self.network = self.replica = network.to(compute.device, memory_format=layout)
-        if args.compile:
-            self.network.compile()
+        self.network = self.replica = network.to(compute.device, memory_format=compute.layout)
         if compute.size > 1:
             self.replica = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
             if args.bf16_gradients:
@@ -610,20 +613,33 @@ class Run:
         self.sums.zero_()
         return self.history[-1]
 
+    def bytes_to_write(self) -> int:
+        """Return by how much both checkpoints will grow, with a new one beside the old for a moment."""
+        best = sum(p.numel() * p.element_size() for p in self.network.parameters())
+        last = best * (4 if self.args.ema else 3)  # weights, Adam's two moments, averaged weights
+        paths = (Path(self.args.ckpt), last_path(self.args.ckpt))
+        return max(last, best + 2 * last - sum(path.stat().st_size for path in paths if path.is_file()))
+
     def save_best(self) -> None:
         """Write the present parameters, those with the best validation accuracy, to `--ckpt`."""
         weights = {name: tensor.cpu().clone() for name, tensor in self.result.state_dict().items()}
         self._save({"state_dict": weights}, self.args.ckpt)
 
     def save_last(self) -> None:
-        """Write all that continues this run beside `--ckpt`; every process calls it."""
+        """Write all that continues this run beside `--ckpt`; every process calls it.
+
+        Raises:
+            TrainingError: the loss is not finite, and the weights are better not saved.
+        """
+        sums = self.compute.sum(self.sums)
+        self.check_finite(sums[0].item())
         state = {
             "state_dict": self.network.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
-            "sums": self.compute.sum(self.sums),
+            "sums": sums,
             "seconds": self.seconds,
             "history": self.history,
             "fingerprint": self.store.fingerprint,
@@ -658,7 +674,8 @@ class Run:
         if self.averaged:
             self.averaged.load_state_dict(checkpoint["averaged"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty where the run was not in fp16 so far
+            self.scaler.load_state_dict(checkpoint["scaler"])
         for name in ("epoch", "step", "seconds", "history"):
             setattr(self, name, checkpoint[name])
         self.best = max(self.history, key=lambda row: row["valid_accuracy"], default=None)
@@ -702,7 +719,8 @@ class Log:
         self.train.add_image("first_batch", make_grid(restore(batch), nrow=8), 0)
         with torch.no_grad(), FlopCounterMode(display=False) as flops:
             network(batch[:1])
-        with warnings.catch_warnings(action="ignore"):  # TensorBoard's tracer is called deprecated
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer that TensorBoard uses is called deprecated
             self.train.add_graph(network, batch[:1])
         forward = f"{flops.get_total_flops() / 1e9:.2f} GFLOP an image at {batch.shape[-1]} pixels, forward"
         facts = {
@@ -765,7 +783,7 @@ def explained(run: Run):
             f"{run.folder}: the log can't be written ({error.strerror or error}); make room or mend the folder; "
             "what was saved before can go on with --resume"
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         raise TrainingError(
@@ -803,9 +821,7 @@ def main(argv: list[str] | None = None) -> None:
     store.move_to(compute.device)
     run = Run(args, store, manifest, compute)
     if compute.rank == 0:
-        size = sum(p.numel() * p.element_size() for p in run.network.parameters())
-        check_writable(args.ckpt, size)
-        check_writable(last_path(args.ckpt), size * (4 if args.ema else 3))
+        check_writable(args.ckpt, run.bytes_to_write())
         name = Path(checkpoint["run"]).name if checkpoint else args.name
         run.folder = new_folder(args.logdir, name, bool(checkpoint))
     if checkpoint:
@@ -822,6 +838,8 @@ def main(argv: list[str] | None = None) -> None:
         log = Log(run) if compute.rank == 0 else Silent()
         if not run.epoch and not run.step:
             log.start(" ".join(["python", *sys.argv]))
+        if args.compile:  # in place; not before the graph is traced
+            run.network.compile()
         fit(run, log, signals, say)
     if compute.size > 1:
         dist.destroy_process_group()
@@ -851,7 +869,8 @@ def fit(run: Run, log: Log, signals: Signals, say) -> None:
     log.end()
     best = run.best
     say(f"best: epoch {best['epoch']}, valid accuracy {best['valid_accuracy']:.2f} %, saved in {args.ckpt}")
-    say(f"next: python test.py{ckpt or f' --ckpt {args.ckpt}'}\n      tensorboard --logdir {args.logdir}")
+    say(f"next: python test.py --ckpt {args.ckpt}")
+    say(f"      tensorboard --logdir {os.path.relpath(args.logdir)}")
 
 
 if __name__ == "__main__":

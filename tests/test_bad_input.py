@@ -178,7 +178,7 @@ def test_a_bad_checkpoint_is_refused(trained, tmp_path, kind, words):
 
 def test_a_best_checkpoint_is_not_resumed(trained, tmp_path):
     shutil.copy(trained / "alexnet.pth", tmp_path / "alexnet.last.pth")
-    assert "no" in refuse("train", "--resume", folder=tmp_path)
+    assert "resume" in refuse("train", "--resume", folder=tmp_path)
 
 
 def test_checkpoints_of_different_splits_are_not_compared(trained, tmp_path):
