@@ -98,6 +98,7 @@ def test_two_processes_train_as_one_does(odd_flags, tmp_path):
         assert two["history"][0][figure] == pytest.approx(one["history"][0][figure], rel=1e-4), figure
 
 
+@thorough
 def test_two_processes_test_as_one_does(unbroken, tmp_path):
     ckpt, figures = unbroken / "alexnet.pth", {}
     commands.run("test", "--ckpt", ckpt, "--logdir", "one", "--json", "one.json", folder=tmp_path)
