@@ -258,7 +258,7 @@ def decode_once(root: Path, paths: list[str], file: Path) -> Path:
     Raises:
         OSError: the file can't be written.
     """
-    if file.exists():
+    if file.exists() and file.stat().st_size == len(paths) * (SIZE * SIZE * 3 + 8):
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")

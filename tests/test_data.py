@@ -115,6 +115,15 @@ def test_store_is_made_anew_when_an_image_changes_and_the_old_file_goes(photos, 
     assert file not in cache.iterdir()
 
 
+def test_a_store_of_the_wrong_size_is_made_anew(photos, tmp_path):
+    first = data.ImageStore(str(photos), tmp_path)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    assert data.ImageStore(str(photos), tmp_path).fingerprint == first.fingerprint
+    assert file.read_bytes() == content
+
+
 def test_sample_is_the_same_everywhere_and_ordinary_class_folders(tmp_path):
     roots = [data.draw_sample(tmp_path / name, 2) for name in "ab"]
     files = [sorted(path.relative_to(root) for path in root.rglob("*.jpg")) for root in roots]
