@@ -333,7 +333,7 @@ class ImageStore:
                 f"{cache}: the decoded images ({len(paths) * SIZE * SIZE * 3 / 1e6:.0f} MB) can't be "
                 f"kept there ({error.strerror}); give another folder with --cache"
             ) from error
-        size, bad = len(paths) * SIZE * SIZE * 3, []
+        size = len(paths) * SIZE * SIZE * 3
         stored = torch.from_file(str(file), shared=False, size=size + 8 * len(paths), dtype=torch.uint8)
         checksums = stored[size:].view(torch.int64).tolist()
         bad = [path for path, checksum in zip(paths, checksums, strict=True) if not checksum]
