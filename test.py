@@ -25,7 +25,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from data import SUFFIXES, DataError, ImageStore, decode, prepare, split
 from model import CheckpointError, build, load, replacing
-from train import DEFAULTS, Compute, Parser, add_flag, evaluate, number, printable, run_cli, score, set_up
+from train import DEFAULTS, RECIPES, Compute, Parser, add_flag, evaluate, number, printable, run_cli, score, set_up
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 
@@ -225,14 +225,14 @@ def log_analysis(writer: SummaryWriter, result: dict, logits, labels, paths: lis
 # ------------------------------------------------------------------------------------------ commands
 
 
-def predict(args: argparse.Namespace, checkpoint: dict, network: torch.nn.Module, compute: Compute) -> bool:
+def predict(args: argparse.Namespace, checkpoint: dict, network: torch.nn.Module, size: int, compute: Compute) -> bool:
     """Print the five likeliest classes of each of `--images`; return whether all could be read."""
     count = network.classifier[-1].out_features
     classes = checkpoint.get("classes", [f"class {label}" for label in range(count)])
     answers = []
     for path in map(Path, args.images):
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        answers += [name_picture(file, classes, network, compute) for file in inside]
+        answers += [name_picture(file, classes, network, size, compute) for file in inside]
         if not inside:
             answers.append({"path": str(path), "error": "no pictures in this folder"})
     for answer in answers:
@@ -247,14 +247,14 @@ def predict(args: argparse.Namespace, checkpoint: dict, network: torch.nn.Module
 
 
 @torch.inference_mode()
-def name_picture(path: Path, classes: list[str], network: torch.nn.Module, compute: Compute) -> dict:
+def name_picture(path: Path, classes: list[str], network: torch.nn.Module, size: int, compute: Compute) -> dict:
     """Return a picture's path with its likeliest classes and their probabilities, or with an error."""
     try:
         image = decode(io.BytesIO(path.read_bytes()))
     except Exception:  # Pillow raises almost anything on a damaged file
         return {"path": str(path), "error": "can't be read as a picture" if path.is_file() else "no such file"}
     with compute.autocast():
-        logits = network(prepare(image.permute(2, 0, 1)[None].to(compute.device)))
+        logits = network(prepare(image.permute(2, 0, 1)[None].to(compute.device), size))
     likely = logits[0].float().softmax(0).topk(min(5, len(classes)))
     guesses = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
     return {"path": str(path), "predictions": [{"class": classes[i], "probability": p} for i, p in guesses]}
@@ -281,6 +281,11 @@ def write_predictions(target: str, logits: torch.Tensor, labels: torch.Tensor, c
             writer.writerow([path, classes[true], classes[guess], *numbers])
 
 
+def trained_with(checkpoint: dict) -> dict:
+    """Return the arguments of training; for a bare `state_dict`, those of the report."""
+    return DEFAULTS | RECIPES["report"] | checkpoint.get("args", {})
+
+
 def build_from(path: str, checkpoint: dict, stride: int, compute: Compute) -> torch.nn.Module:
     """Return the network of the checkpoint that was read from `path`, on the device."""
     try:
@@ -297,7 +302,7 @@ def open_store(args: argparse.Namespace, checkpoint: dict, count: int) -> ImageS
     Raises:
         DataError: its classes are others.
     """
-    trained = DEFAULTS | checkpoint.get("args", {})
+    trained = trained_with(checkpoint)
     cache = args.cache or (trained["cache"] if Path(trained["cache"]).is_dir() else DEFAULTS["cache"])
     # the manifest says which pictures are needed: others may well be unreadable
     store = ImageStore(args.data or trained["data"], cache, skip_bad_images=True)
@@ -313,11 +318,11 @@ def main(argv: list[str] | None = None) -> None:
     """Test or predict as `argv` says (default: the command line)."""
     args = parse(argv)
     checkpoint = load(args.ckpt)
-    trained = DEFAULTS | checkpoint.get("args", {})
+    trained = trained_with(checkpoint)
     compute = set_up(args.device, args.precision or trained["precision"])
     network = build_from(args.ckpt, checkpoint, args.stride, compute)
     if args.images:
-        sys.exit(0 if compute.rank or predict(args, checkpoint, network, compute) else 1)
+        sys.exit(0 if compute.rank or predict(args, checkpoint, network, trained["test_size"], compute) else 1)
 
     say = print if compute.rank == 0 and args.json != "-" else lambda _: None
     with compute.first_on_machine():
@@ -331,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = store.rows(paths)
     labels = store.labels.cpu()[rows]
 
-    logits = evaluate(network, store, rows, compute)
+    logits = evaluate(network, store, rows, trained["test_size"], compute)
     result = {"split": args.split, **figures(logits, labels, store.classes)}
     hits = logits.argmax(1) == labels
     say(
@@ -341,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{result['mean_class_accuracy']:.2f} %  calibration error {result['calibration_error']:.2f} %"
     )
     if args.flip:
-        both = logits.softmax(1) + evaluate(network, store, rows, compute, flip=True).softmax(1)
+        both = logits.softmax(1) + evaluate(network, store, rows, trained["test_size"], compute, flip=True).softmax(1)
         result["flip_accuracy"] = score(both.log(), labels)[1]
         say(f"with the mirror image: accuracy {result['flip_accuracy']:.2f} %")
     if args.versus:
@@ -376,7 +381,8 @@ def compare(args, paths: list[str], hits: torch.Tensor, store, rows: torch.Tenso
         raise DataError(f"{args.versus}: its {args.split} split is not that of {args.ckpt}; nothing to compare")
     network = build_from(args.versus, other, args.stride, compute)
     labels = store.labels.cpu()[rows]
-    other_hits = evaluate(network, store, rows, compute).argmax(1) == labels
+    size = trained_with(other)["test_size"]
+    other_hits = evaluate(network, store, rows, size, compute).argmax(1) == labels
     ours, theirs = (100 * h.float().mean().item() for h in (hits, other_hits))
     return {"accuracy": theirs, "difference": ours - theirs, "p_value": mcnemar(hits, other_hits)}
 

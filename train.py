@@ -49,11 +49,11 @@ from model import FORMAT, AlexNet, CheckpointError, check_writable, init_he, loa
 RECIPES = {  # a recipe is a set of defaults for ordinary flags
     "report": dict(
         lr=1e-4, schedule="constant", warmup_epochs=0, weight_decay=0.0, label_smoothing=0.0,
-        augment="none", train_size="224", ema=0.0, init="default",
+        augment="none", train_size="224", test_size=224, ema=0.0, init="default",
     ),
     "strong": dict(
         lr=3e-4, schedule="cosine", warmup_epochs=2, weight_decay=0.05, label_smoothing=0.1,
-        augment="crop,flip,color", train_size="112-208", ema=0.998, init="he",
+        augment="crop,flip,color", train_size="112-208", test_size=224, ema=0.998, init="he",
     ),
 }  # fmt: skip
 MAY_CHANGE = {"epochs", "data", "cache", "device", "ckpt", "logdir", "resume"}  # when a run goes on
@@ -139,6 +139,7 @@ FLAGS = {  # by group: the type or the choices, the default unless recipes give 
                     f"none, or some of {NAMES.replace('|', ',')}"),
         "train_size": (matching(f"{PIXELS}(-{PIXELS})?", "a size from 64 to 499 or two of them, as 128-224"), ...,
                        "pixels a side; A-B grows from A to B over the first 80 %% of the epochs"),
+        "test_size": (number(int, 64, 499), ..., "pixels a side in validation and test"),
         "ema": (number(float, 0, 1), ..., "decay a step of averaged weights, then those tested and saved; 0: none"),
         "init": (["default", "he"], ..., "initial weights: PyTorch's or He's"),
         "seed": (number(int, 0, 2**32), 0, "decides split, weights, order, augmentation and dropout"),
@@ -423,12 +424,15 @@ class Signals:
 
 
 @torch.inference_mode()
-def evaluate(network, store: ImageStore, rows: torch.Tensor, compute: Compute, flip=False, watch=iter) -> torch.Tensor:
+def evaluate(
+    network: torch.nn.Module, store: ImageStore, rows: torch.Tensor, size: int, compute: Compute, flip=False, watch=iter
+) -> torch.Tensor:
     """Return the logits of those rows of `store`, float32 (len(rows), classes), on the CPU.
 
     Every picture is computed exactly once, whatever the number of processes; all get the result.
 
     Args:
+        size: pixels, both sides, at which the network sees them.
         flip: look at the mirror images instead.
         watch: passes the batches on, or raises to stop.
     """
@@ -439,7 +443,7 @@ def evaluate(network, store: ImageStore, rows: torch.Tensor, compute: Compute, f
         if len(mine):
             images, _ = store.batch(rows[mine], compute.device)
             with compute.autocast():
-                output = network(prepare(images.flip(-1) if flip else images))
+                output = network(prepare(images.flip(-1) if flip else images, size))
             logits[mine.to(compute.device)] = output.float()
     return compute.sum(logits).cpu()
 
@@ -593,7 +597,7 @@ class Run:
         """Train what is left of the epoch, validate, and return the new row of the history."""
         train_loss, train_accuracy = self.train_epoch(watch)
         started, rows = time.perf_counter(), self.rows["valid"]
-        logits = evaluate(self.result, self.store, rows, self.compute, watch=watch)
+        logits = evaluate(self.result, self.store, rows, self.args.test_size, self.compute, watch=watch)
         valid_loss, valid_accuracy = score(logits, self.store.labels.cpu()[rows])
         self.check_finite(valid_loss)  # the last step may have broken the weights
         figures = {

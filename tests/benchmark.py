@@ -150,7 +150,7 @@ def main() -> None:
     import torch
 
     import train
-    from data import ImageStore, decode_once, split
+    from data import SIZE, ImageStore, decode_once, split
 
     data = args.data if args.data == "sample" else os.path.abspath(args.data)
     store = ImageStore(data, train.DEFAULTS["cache"])
@@ -182,7 +182,7 @@ def main() -> None:
     rows, seconds = store.rows(split(store.paths, 0)["valid"])[: 2 * train.EVAL_BATCH], []
     for _ in range(3):
         started = time.perf_counter()
-        train.evaluate(network, store, rows, compute)
+        train.evaluate(network, store, rows, SIZE, compute)
         seconds.append(time.perf_counter() - started)
     print(f"{'evaluation':75} {len(rows) / statistics.median(seconds):7.1f} images/s")
     with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,7 @@ def photos(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def flags(photos, cache) -> list[str]:
     """Flags for a run that takes a second: 64 training images, 8 steps an epoch."""
-    return f"--data {photos} --cache {cache} --batch-size 8 --stride 4 --train-size 64 --lr 1e-3".split()
+    return f"--data {photos} --cache {cache} --batch-size 8 --stride 4 --train-size 64 --test-size 96 --lr 1e-3".split()
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,7 @@ def refuse(program: str, *argv, folder: Path, status: int = 1) -> str:
         ("--augment wrong", 2, "--augment"),
         ("--train-size 1000", 2, "--train-size"),
         ("--train-size 50", 2, "--train-size"),
+        ("--test-size 50", 2, "--test-size"),
         ("--data missing", 1, "missing: no such folder"),
         ("--data file.txt", 1, "file.txt"),
         ("--data empty", 1, "no class folders"),

@@ -68,7 +68,7 @@ def odd_photos(photos, tmp_path_factory) -> Path:
 def odd_flags(odd_photos, cache) -> list[str]:
     """Flags for two epochs of nine steps, with dropout."""
     return (
-        f"--data {odd_photos} --cache {cache} --batch-size 8 --stride 4 --train-size 64 --lr 1e-4 "
+        f"--data {odd_photos} --cache {cache} --batch-size 8 --stride 4 --train-size 64 --test-size 96 --lr 1e-4 "
         "--augment crop,flip,color --precision fp32 --epochs 2 --name run"
     ).split()
 

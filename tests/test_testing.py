@@ -87,6 +87,9 @@ def test_valid_split_gives_exactly_the_accuracy_that_training_printed(tested):
     result = json.loads((folder / "valid.json").read_text())
     checkpoint = torch.load(folder / "alexnet.pth", weights_only=True)
     assert result["accuracy"] == checkpoint["valid_accuracy"]
+    with open(folder / "runs" / "run" / "history.csv") as file:
+        row = list(csv.DictReader(file))[checkpoint["epoch"] - 1]
+    assert result["loss"] == pytest.approx(float(row["valid_loss"]), rel=1e-6)
     assert len(EventAccumulator(str(folder / "runs" / "run" / "test")).Reload().Scalars("loss")) == 1
 
 

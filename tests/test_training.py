@@ -130,10 +130,10 @@ def test_random_numbers_belong_to_the_image_not_to_its_place(run):
 def test_evaluation_gives_each_row_its_own_logits(run, monkeypatch):
     trained = run()
     rows = trained.rows["train"]
-    whole = train.evaluate(trained.network, trained.store, rows, trained.compute)
+    whole = train.evaluate(trained.network, trained.store, rows, 64, trained.compute)
     monkeypatch.setattr(train, "EVAL_BATCH", 7)
-    torch.testing.assert_close(train.evaluate(trained.network, trained.store, rows, trained.compute), whole)
-    mirrored = train.evaluate(trained.network, trained.store, rows, trained.compute, flip=True)
+    torch.testing.assert_close(train.evaluate(trained.network, trained.store, rows, 64, trained.compute), whole)
+    mirrored = train.evaluate(trained.network, trained.store, rows, 64, trained.compute, flip=True)
     assert not torch.allclose(mirrored, whole)
 
 
