@@ -12,7 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a network gains nothing from more
+thorough = pytest.mark.skipif("THOROUGH" not in os.environ, reason="takes long; set THOROUGH=1")
 ROOT = Path(__file__).resolve().parent.parent
 context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 context.set_forkserver_preload(["train", "test", "commands"]) if hasattr(os, "fork") else None

@@ -11,8 +11,8 @@ from pathlib import Path
 import commands
 import pytest
 import torch
+from commands import thorough
 
-thorough = pytest.mark.skipif("THOROUGH" not in os.environ, reason="takes long; set THOROUGH=1")
 NARROW = Path(__file__).with_name("narrow.py")
 WORDS = "train.py: "  # every message of the program begins so; torchrun's own lines do not
 

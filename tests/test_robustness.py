@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Command, one_line, run
+from commands import Command, one_line, run, thorough
 
 import data
 import model
@@ -186,6 +186,17 @@ def one_epoch(flags, tmp_path) -> Path:
     """A folder in which a run of one epoch has ended."""
     run("train", *flags, "--epochs", 1, "--name", "run", folder=tmp_path)
     return tmp_path
+
+
+# ------------------------------------------------------------------------------------ twice the same
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=thorough)])
+def test_the_same_seed_gives_the_same_bits_in_every_precision(flags, tmp_path, precision):
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        run("train", *flags, *STRONG, "--epochs", 2, "--precision", precision, folder=tmp_path / folder)
+    assert same(outcome(tmp_path / "first"), outcome(tmp_path / "second"))
 
 
 # -------------------------------------------------------------------------------------- interrupted
