@@ -37,10 +37,15 @@ CALTECH101_IMAGES = 8677  # without BACKGROUND_Google, which is no class
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 SIZE = 224  # pixels, both sides, of a stored picture
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights use
-AUGMENTATIONS = ("crop", "flip", "color")
+AUGMENTATIONS = ("crop", "flip", "color", "trivial")
 CROP_SCALE, CROP_RATIO = (0.35, 1.0), (3 / 4, 4 / 3)
-COLOR = 0.3
-COLUMNS = ("area", "ratio", "x", "y", "flip", "brightness", "contrast", "saturation")
+COLOR = 0.3  # largest change, either way, as a factor
+OPERATIONS = {  # of which "trivial" does one, and their largest change, either way
+    "rotation": math.radians(30), "shear_x": 0.3, "shear_y": 0.3,
+    "x": 0.25, "y": 0.25,  # a shift, as a share of half a side
+    "brightness": 0.6, "contrast": 0.7, "saturation": 0.7,
+}  # fmt: skip
+COLUMNS = ("area", "ratio", "x", "y", "flip", "brightness", "contrast", "saturation", "operation", "strength")
 UNIFORMS = len(COLUMNS)  # random numbers that the augmentation of one picture takes
 
 
@@ -438,13 +443,13 @@ def prepare(
         uniforms: an image's own random numbers in [0, 1), (B, UNIFORMS); needed with `augment`.
     """
     pixels = images.float().div_(255)
-    numbers = {} if uniforms is None else dict(zip(COLUMNS, uniforms.unbind(1), strict=True))  # (B,) each
-    if len(pixels) and ("crop" in augment or "flip" in augment):  # a process's share of a batch may be empty
-        pixels = warp(pixels, size, augment, numbers)
+    changes = draw_changes(augment, uniforms) if uniforms is not None else {}
+    if len(pixels) and {"crop", "flip", "trivial"} & {*augment}:  # a process's share of a batch may be empty
+        pixels = warp(pixels, size, changes)
     elif size != pixels.shape[-1]:
         pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
-    if "color" in augment:
-        pixels = jitter(pixels, numbers)
+    if {"color", "trivial"} & {*augment}:
+        pixels = jitter(pixels, changes)
     mean, std = statistics(pixels.device)
     return pixels.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
@@ -455,30 +460,49 @@ def restore(inputs: torch.Tensor) -> torch.Tensor:
     return (inputs * std + mean).clamp(0, 1)
 
 
-def warp(pixels: torch.Tensor, size: int, augment: tuple[str, ...], numbers: dict) -> torch.Tensor:
-    """Cut out, scale and mirror each picture in one pass of bilinear sampling.
+def draw_changes(augment: tuple[str, ...], uniforms: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what is done to each picture, from its own random numbers (B, UNIFORMS); (B,) each.
 
-    The cut is that of torchvision's RandomResizedCrop: CROP_SCALE of the area, CROP_RATIO of width
-    to height, each drawn evenly (the ratio on a log scale), at any place where it fits.
+    `crop` is torchvision's RandomResizedCrop: CROP_SCALE of the area, CROP_RATIO of width to height,
+    each drawn evenly (the ratio on a log scale), at any place where it fits. `trivial` is after
+    TrivialAugment (https://arxiv.org/abs/2103.10158): to every other picture, one of OPERATIONS is
+    done, at a strength drawn evenly.
     """
+    numbers = dict(zip(COLUMNS, uniforms.unbind(1), strict=True))
     one = torch.ones_like(numbers["x"])
-    width = height = mirror = one  # 1: the whole side
+    changes = {"width": one, "height": one, "mirror": one, **dict.fromkeys(OPERATIONS, 0 * one)}
     if "crop" in augment:
         area = CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * numbers["area"]
         ratio = CROP_RATIO[0] * (CROP_RATIO[1] / CROP_RATIO[0]) ** numbers["ratio"]
-        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+        for side, name, length in (("width", "x", area * ratio), ("height", "y", area / ratio)):
+            changes[side] = length.sqrt().clamp(max=1)
+            changes[name] = (1 - changes[side]) * (2 * numbers[name] - 1)
     if "flip" in augment:
-        mirror = torch.where(numbers["flip"] < 0.5, -one, one)
-    x, y = (1 - width) * (2 * numbers["x"] - 1), (1 - height) * (2 * numbers["y"] - 1)
-    matrix = torch.stack([mirror * width, 0 * x, x, 0 * y, height, y], 1).view(-1, 2, 3)
+        changes["mirror"] = torch.where(numbers["flip"] < 0.5, -one, one)
+    if "color" in augment:
+        changes |= {name: COLOR * (2 * numbers[name] - 1) for name in ("brightness", "contrast", "saturation")}
+    if "trivial" in augment:
+        chosen = (numbers["operation"] * 2 * len(OPERATIONS)).long()
+        for index, (name, most) in enumerate(OPERATIONS.items()):
+            changes[name] = changes[name] + (chosen == index) * most * (2 * numbers["strength"] - 1)
+    return changes
+
+
+def warp(pixels: torch.Tensor, size: int, changes: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cut out, scale, mirror, rotate, shear and shift each picture in one pass of bilinear sampling."""
+    cos, sin = changes["rotation"].cos(), changes["rotation"].sin()
+    width, height = changes["width"] * changes["mirror"], changes["height"]
+    across = [width * cos, height * (changes["shear_x"] - sin), changes["x"]]
+    down = [width * (changes["shear_y"] + sin), height * cos, changes["y"]]
+    matrix = torch.stack(across + down, 1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, [len(pixels), 3, size, size], align_corners=False)
-    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
 
-def jitter(pixels: torch.Tensor, numbers: dict) -> torch.Tensor:
-    """Change brightness, contrast and saturation of each picture by up to COLOR; stays in [0, 1]."""
+def jitter(pixels: torch.Tensor, changes: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Change brightness, contrast and saturation of each picture; it stays in [0, 1]."""
     brightness, contrast, saturation = (
-        (1 + COLOR * (2 * numbers[name] - 1)).view(-1, 1, 1, 1) for name in ("brightness", "contrast", "saturation")
+        (1 + changes[name]).view(-1, 1, 1, 1) for name in ("brightness", "contrast", "saturation")
     )
     grey = pixels.mean(1, keepdim=True)
     level = grey.mean((2, 3), keepdim=True)

@@ -49,11 +49,11 @@ from model import FORMAT, AlexNet, CheckpointError, check_writable, init_he, loa
 RECIPES = {  # a recipe is a set of defaults for ordinary flags
     "report": dict(
         lr=1e-4, schedule="constant", warmup_epochs=0, weight_decay=0.0, label_smoothing=0.0,
-        augment="none", train_size="224", test_size=224, ema=0.0, init="default",
+        augment="none", train_size="224", test_size=224, ema=0.0, dropout=0.5, init="default",
     ),
     "strong": dict(
         lr=3e-4, schedule="cosine", warmup_epochs=2, weight_decay=0.05, label_smoothing=0.1,
-        augment="crop,flip,color", train_size="112-208", test_size=224, ema=0.998, init="he",
+        augment="crop,flip,color,trivial", train_size="80-160", test_size=224, ema=0.998, dropout=0.2, init="he",
     ),
 }  # fmt: skip
 MAY_CHANGE = {"epochs", "data", "cache", "device", "ckpt", "logdir", "resume"}  # when a run goes on
@@ -146,7 +146,7 @@ FLAGS = {  # by group: the type or the choices, the default unless recipes give 
     },
     "network": {
         "stride": ([2, 4], 2, "of the first convolution: 2 is the report's, 4 torchvision's"),
-        "dropout": (number(float, 0, 1), 0.5, "probability"),
+        "dropout": (number(float, 0, 1), ..., "probability"),
     },
     "data": {
         "data": (str, data.DEFAULT_DATA, "folder that holds 101_ObjectCategories, or any folder of "
@@ -758,7 +758,7 @@ class Log:
 
     def end(self) -> None:
         """Log the arguments beside the last epoch's figures, for the HPARAMS tab."""
-        names = ["recipe", "epochs", "batch_size", "seed", "stride", "dropout", *RECIPES["report"]]
+        names = ["recipe", "epochs", "batch_size", "seed", "stride", *RECIPES["report"]]
         chosen = {name: getattr(self.run.args, name) for name in names}
         for summary in hparams(chosen, {"accuracy": None, "loss": None}):  # curves that `valid` has
             self.valid.file_writer.add_summary(summary)

@@ -245,6 +245,29 @@ def test_crop_of_the_whole_picture_is_the_picture_and_a_corner_is_that_corner(im
     assert cut[0, 0, 100, 223].item() == pytest.approx(side - 0.5, abs=1.5)
 
 
+def test_trivial_does_one_operation_to_every_other_picture(images):
+    plain, names = data.prepare(images), list(data.OPERATIONS)
+
+    def changed(place, strength):
+        uniforms = torch.full((6, data.UNIFORMS), 0.5)
+        uniforms[:, -2], uniforms[:, -1] = place, strength
+        return data.prepare(images, 224, ("trivial",), uniforms)
+
+    for place in (0.5, 0.75, 1 - 1e-7):
+        torch.testing.assert_close(changed(place, 1.0), plain, rtol=0, atol=1e-3)
+    shifted = changed((names.index("x") + 0.5) / (2 * len(names)), 1.0)
+    torch.testing.assert_close(shifted[..., :-28], plain[..., 28:], rtol=0, atol=1e-3)  # 224 / 2 * 0.25 = 28
+    darker = data.restore(changed((names.index("brightness") + 0.5) / (2 * len(names)), 0.0))
+    torch.testing.assert_close(darker, data.restore(plain) * 0.4, rtol=0, atol=1e-3)
+    square = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
+    square[:, :, 110:114, 180:184] = 255  # 70 pixels to the right of the centre
+    uniforms = torch.full((1, data.UNIFORMS), 0.5)
+    uniforms[:, -2:] = torch.tensor([0.5 / (2 * len(names)), 1.0])
+    turned = data.restore(data.prepare(square, 224, ("trivial",), uniforms))[0, 0]
+    y, x = divmod(turned.argmax().item(), 224)
+    assert (x, y) == pytest.approx((111.5 + 70 * 3**0.5 / 2, 111.5 - 70 / 2), abs=2)
+
+
 def test_sizes_other_than_the_stored_one_are_resampled(images):
     for augment in ((), ("crop", "flip")):
         assert data.prepare(images, 96, augment, torch.rand(6, data.UNIFORMS)).shape == (6, 3, 96, 96)
