@@ -779,7 +779,7 @@ def filter_grid(weight: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def explained(run: Run):
-    """Turn a log that can't be written, and a batch that does not fit, into errors that say what to do."""
+    """Turn what can go wrong in training, for want of room or of a compiler, into errors that say what to do."""
     try:
         yield
     except OSError as error:
@@ -788,11 +788,13 @@ def explained(run: Run):
             "what was saved before can go on with --resume"
         ) from error
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if out_of_memory(error):
+            problem = f"out of memory at --batch-size {run.args.batch_size}; try half, or a smaller --train-size"
+        elif run.args.compile and type(error).__module__.startswith("torch._"):  # most likely there is no compiler
+            problem = f"--compile fails here ({str(error).splitlines()[0]}); leave it out"
+        else:
             raise
-        raise TrainingError(
-            f"out of memory at --batch-size {run.args.batch_size}; try half of it, a smaller --train-size or --stride 4"
-        ) from error
+        raise TrainingError(problem) from error
 
 
 def new_folder(logdir: str, name: str | None, resumed: bool) -> Path:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 from commands import Command, one_line, run, thorough
 
 import data
@@ -52,6 +53,11 @@ def poison_after_step(number: int) -> None:
             )
 
     train.Run.train_step = eventful
+
+
+def without_compiler(cache: str) -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    torch._inductor.config.cpp.cxx = (None, "missing")
 
 
 def at_validation(action, *args) -> None:
@@ -453,6 +459,19 @@ def test_weights_that_break_in_the_last_step_are_not_called_a_result(one_epoch):
 def test_too_little_memory_names_the_batch_size(flags, tmp_path):
     before = partial(after_step, 2, run_out_of_memory)
     assert "--batch-size" in one_line(run("train", *flags, folder=tmp_path, before=before, status=1))
+
+
+def test_compile_without_a_compiler_says_to_leave_it_out(flags, tmp_path):
+    before = partial(without_compiler, str(tmp_path))
+    failed = run("train", *flags, "--compile", folder=tmp_path, before=before, status=1)
+    assert failed.stderr.endswith("; leave it out\n")
+    assert "Traceback" not in failed.stderr
+
+
+@thorough
+def test_a_compiled_run_can_be_tested(flags, tmp_path):
+    run("train", *flags, "--compile", "--epochs", 1, folder=tmp_path)
+    run("test", folder=tmp_path)
 
 
 # ------------------------------------------------------------------------------------ decoding, once
