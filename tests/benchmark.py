@@ -135,6 +135,28 @@ def seconds_to_import() -> float:
     return time.perf_counter() - started
 
 
+def ceiling(dtype) -> float:
+    """Return the TFLOP/s of a plain product of two matrices, 4096 x 4096."""
+    import torch
+
+    matrix, seconds = torch.randn(4096, 4096).to(dtype), []
+    for _ in range(4):
+        started = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - started)
+    return 2 * 4096**3 / statistics.median(seconds[1:]) / 1e12
+
+
+def arithmetic(network) -> float:
+    """Return the TFLOP of training on one picture, forward and backward."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as flops:
+        network(torch.zeros(1, 3, 224, 224)).sum().backward()
+    return flops.get_total_flops() / 1e12
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -179,6 +201,11 @@ def main() -> None:
 
     compute = train.set_up("cpu", "auto")
     network = train.AlexNet(len(store.classes), args.stride).to(memory_format=torch.channels_last)
+    work_per_image = arithmetic(network)
+    for name, dtype in (("fp32", torch.float32), ("default", compute.dtype)):
+        reached, limit = statistics.median(rates[name]) * work_per_image, ceiling(dtype)
+        title = f"arithmetic of {VARIANTS[name][:3]}, of the {limit:.2f} TFLOP/s of a matrix product in {dtype}"
+        print(f"{title:75} {reached:7.3f} TFLOP/s")
     rows, seconds = store.rows(split(store.paths, 0)["valid"])[: 2 * train.EVAL_BATCH], []
     for _ in range(3):
         started = time.perf_counter()
