@@ -21,6 +21,7 @@ import shutil
 import sys
 import warnings
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -92,9 +93,8 @@ def download(folder: Path) -> Path:
     It takes its final name when complete; an archive that arrived whole is not fetched twice.
     """
     partial, final = folder / ".partial", folder / "caltech101"
-    for leftover in (partial / "caltech101" / name for name in ("101_ObjectCategories", "caltech-101")):
-        shutil.rmtree(leftover, ignore_errors=True)  # an extraction that was cut short
-    print(f"downloading Caltech101 (CC BY 4.0, Li, Andreeto, Ranzato, Perona) to {folder}", flush=True)
+    shutil.rmtree(partial / "caltech101" / "101_ObjectCategories", ignore_errors=True)  # extraction cut short
+    print(f"downloading Caltech101 (CC BY 4.0, Li, Andreeto, Ranzato, Perona) to {folder}", file=sys.stderr)
     try:
         with warnings.catch_warnings():  # the extraction's, about Python 3.14
             warnings.simplefilter("ignore")
@@ -114,11 +114,8 @@ def download(folder: Path) -> Path:
 
 def class_folders(root: Path) -> list[str]:
     """Return the names of the class folders in `root`, sorted: their places are the labels."""
-    return sorted(
-        entry.name
-        for entry in os.scandir(root)
-        if os.path.isdir(entry.path) and not entry.name.startswith(".") and entry.name != "BACKGROUND_Google"
-    )
+    names = (name for name in os.listdir(root) if os.path.isdir(root / name) and name != "BACKGROUND_Google")
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def refuse(error: OSError) -> None:
@@ -133,9 +130,9 @@ def scan(root: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
         (path relative to `root` with forward slashes, bytes, modification time in ns) of each image
         by its name, sorted by path; and the classes' names in the order of their labels.
     """
-    images, classes = [], []
+    images = []
     for name in class_folders(root):
-        found, visited = [], {os.path.realpath(root)}
+        visited = {os.path.realpath(root)}
         for folder, folders, files in os.walk(root / name, onerror=refuse, followlinks=True):
             real = os.path.realpath(folder)
             if real in visited:  # a link back to where we have been
@@ -144,16 +141,9 @@ def scan(root: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
             visited.add(real)
             for path in (Path(folder, file) for file in files):
                 if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-                    try:
-                        status = path.stat()
-                        entry = (status.st_size, status.st_mtime_ns)
-                    except OSError:  # a broken link: found to be unreadable when it is decoded
-                        entry = (-1, -1)
-                    found.append((path.relative_to(root).as_posix(), *entry))
-        if found:
-            images += found
-            classes.append(name)
-    return sorted(images), classes
+                    status = path.stat() if path.exists() else path.lstat()  # a broken link: decoding will tell
+                    images.append((path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns))
+    return sorted(images), sorted({path.split("/")[0] for path, _, _ in images})
 
 
 def draw_sample(folder: Path, images_per_class: int = 80) -> Path:
@@ -230,10 +220,7 @@ def decode(file: str | Path | io.BytesIO) -> torch.Tensor:
     """Return a picture of any kind that Pillow reads as uint8 (SIZE, SIZE, 3).
 
     It is turned upright by its EXIF tag and made RGB. Both sides are resized to SIZE, so the aspect
-    ratio is not kept: the report's choice.
-
-    Raises:
-        Exception: it can't be read. Pillow raises almost anything on a damaged file.
+    ratio is not kept: the report's choice. Pillow raises almost anything on a damaged file.
     """
     with Image.open(file) as image:
         image.draft("RGB", (SIZE, SIZE))  # lets the JPEG decoder drop detail of a far larger picture
@@ -259,9 +246,6 @@ def decode_once(root: Path, paths: list[str], file: Path) -> Path:
     """Write the pictures under `root` to `file`, unless it is there: all pixels, then all checksums.
 
     Two processes at once write the same bytes to the same places, so neither spoils the other's file.
-
-    Raises:
-        OSError: the file can't be written.
     """
     if file.exists() and file.stat().st_size == len(paths) * (SIZE * SIZE * 3 + 8):
         return file
@@ -330,15 +314,15 @@ class ImageStore:
         paths = [path for path, _, _ in images]
         if len(self.classes) < 2:
             raise DataError(f"{self.root}: at least two class folders with images are needed")
+        size = len(paths) * SIZE * SIZE * 3
         name = f"{digest(os.path.realpath(self.root))}-{digest([SIZE, images])}.uint8"
         try:
             file = decode_once(self.root, paths, Path(cache) / name)
         except OSError as error:
             raise DataError(
-                f"{cache}: the decoded images ({len(paths) * SIZE * SIZE * 3 / 1e6:.0f} MB) can't be "
+                f"{cache}: the decoded images ({size / 1e6:.0f} MB) can't be "
                 f"kept there ({error.strerror}); give another folder with --cache"
             ) from error
-        size = len(paths) * SIZE * SIZE * 3
         stored = torch.from_file(str(file), shared=False, size=size + 8 * len(paths), dtype=torch.uint8)
         checksums = stored[size:].view(torch.int64).tolist()
         bad = [path for path, checksum in zip(paths, checksums, strict=True) if not checksum]
@@ -372,10 +356,6 @@ class ImageStore:
                 f"or can't be read, {missing[0]!r} first; give the folder it was trained on with --data"
             )
         return torch.tensor([self._row[path] for path in paths])
-
-    def pictures(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return those pictures to look at, uint8 (B, 3, SIZE, SIZE) on the CPU."""
-        return self.batch(rows, torch.device("cpu"))[0]
 
     def move_to(self, device: torch.device) -> None:
         """Keep the pixels on `device` if it is a GPU where they fit well; else get ready to copy."""
@@ -429,10 +409,7 @@ def statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def prepare(
-    images: torch.Tensor,
-    size: int = SIZE,
-    augment: tuple[str, ...] = (),
-    uniforms: torch.Tensor | None = None,
+    images: torch.Tensor, size: int = SIZE, augment: Sequence[str] = (), uniforms: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return what the network sees: float32 (B, 3, size, size), channels_last, augmented, normalised.
 
@@ -454,13 +431,13 @@ def prepare(
     return pixels.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
 
-def restore(inputs: torch.Tensor) -> torch.Tensor:
+def denormalize(inputs: torch.Tensor) -> torch.Tensor:
     """Undo `prepare`'s normalisation: pixels in [0, 1] to look at."""
     mean, std = statistics(inputs.device)
     return (inputs * std + mean).clamp(0, 1)
 
 
-def draw_changes(augment: tuple[str, ...], uniforms: torch.Tensor) -> dict[str, torch.Tensor]:
+def draw_changes(augment: Sequence[str], uniforms: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return what is done to each picture, from its own random numbers (B, UNIFORMS); (B,) each.
 
     `crop` is torchvision's RandomResizedCrop: CROP_SCALE of the area, CROP_RATIO of width to height,

@@ -165,10 +165,9 @@ def load(path: str | Path) -> dict:
         CheckpointError: there is no such file, or it is damaged, unsafe, foreign or too new.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself checks no checksums
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(damaged)
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load itself checks no checksums
+                raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         hint = "; train.py writes one" if isinstance(error, FileNotFoundError) else ""

@@ -14,10 +14,10 @@ import io
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
@@ -31,9 +31,8 @@ Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the arguments; what was not given is None."""
+    """Return the arguments."""
     parser = Parser(prog="test.py", description=__doc__)
-    parser.argument_default = None
     add = parser.add_argument
     add("--ckpt", default=DEFAULTS["ckpt"], help="checkpoint to test (default: %(default)s)")
     add("--split", choices=["test", "valid", "train"], default="test", help="(default: %(default)s)")
@@ -49,10 +48,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--logdir", help="write events under this folder (default: where the run's are)")
     add("--seed", type=number(int, 0, 2**32), default=0, help="for a bare state_dict: the split's seed (default: 0)")
     add("--stride", type=int, choices=[2, 4], default=2, help="for a bare state_dict: the network's (default: 2)")
-    parser.set_defaults(device="auto")
     args = parser.parse_args(argv)
-    if args.images and (args.versus or args.predictions or args.flip or args.data):
-        parser.error("--images needs no data set: it goes with --ckpt, --json, --device and --precision only")
+    for name in ("data", "cache", "split", "flip", "versus", "predictions", "logdir"):
+        if args.images and getattr(args, name) not in (None, False, "test"):
+            parser.error(f"--{name} needs the data set, which --images leaves alone; give one of the two")
     return args
 
 
@@ -134,10 +133,9 @@ def confusion_picture(matrix: torch.Tensor, classes: list[str]) -> torch.Tensor:
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     ink = (255 * (1 - shares.sqrt())).byte()  # the root makes a single mistake visible
     cells = torch.stack([ink, ink, torch.full_like(ink, 255)], 2)  # white to blue
-    cells = cells.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
     side = cell * len(classes)
     picture = Image.new("RGB", (margin + side, side + margin), "white")
-    picture.paste(Image.fromarray(cells.numpy()), (margin, 0))
+    picture.paste(Image.fromarray(cells.numpy()).resize((side, side), Image.Resampling.NEAREST), (margin, 0))
     names = Image.new("RGB", (margin, side), "white")
     draw = ImageDraw.Draw(names)
     for index, name in enumerate(classes):
@@ -179,13 +177,13 @@ def reliability_picture(bins: torch.Tensor, size: int = 400) -> torch.Tensor:
     return pil_to_tensor(picture)
 
 
-def log_analysis(writer: SummaryWriter, result: dict, logits, labels, paths: list[str], images, step: int) -> None:
+def log_analysis(writer: SummaryWriter, result: dict, logits, labels, paths: list[str], store, rows, step: int) -> None:
     """Log figures, tables and pictures of a test.
 
     Args:
         result: as `figures` returns it.
         logits, labels, paths: of the images tested, in one order.
-        images: returns the pictures, uint8 (n, 3, S, S), at given places in that order.
+        store, rows: where their pictures are.
         step: the checkpoint's epoch.
     """
     classes = [printable(entry["name"]) for entry in result["classes"]]
@@ -193,8 +191,7 @@ def log_analysis(writer: SummaryWriter, result: dict, logits, labels, paths: lis
     confidence, predicted = probabilities.max(1)
     for name in ("loss", "accuracy", "top5_accuracy", "mean_class_accuracy", "calibration_error"):
         writer.add_scalar(name, result[name], step)
-    matrix = torch.zeros(len(classes), len(classes), dtype=torch.long)
-    matrix.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+    matrix = torch.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2).view(len(classes), -1)
     writer.add_image("confusion_matrix", confusion_picture(matrix, classes), step)
     writer.add_image("reliability", reliability_picture(calibration(confidence, predicted == labels)[1]), step)
 
@@ -206,13 +203,10 @@ def log_analysis(writer: SummaryWriter, result: dict, logits, labels, paths: lis
         for i in wrong
     ]
     if wrong:
-        writer.add_image("worst_mistakes", captioned_grid(images(wrong), captions), step)
-    confused = matrix.clone().fill_diagonal_(0).flatten().topk(min(20, matrix.numel()))
-    pairs = [
-        [classes[place // len(classes)], classes[place % len(classes)], count]
-        for count, place in zip(*map(torch.Tensor.tolist, confused), strict=True)
-        if count
-    ]
+        pictures, _ = store.batch(rows[wrong], torch.device("cpu"))
+        writer.add_image("worst_mistakes", captioned_grid(pictures, captions), step)
+    confused = Counter(pair for pair in zip(labels.tolist(), predicted.tolist(), strict=True) if pair[0] != pair[1])
+    pairs = [[classes[true], classes[guess], count] for (true, guess), count in confused.most_common(20)]
     writer.add_text("most_confused", table(["true", "predicted", "images"], pairs), step)
     ranked = sorted((e for e in result["classes"] if e["images"]), key=lambda entry: entry["accuracy"])
     rows = [[printable(entry["name"]), entry["images"], f"{entry['accuracy']:.1f}"] for entry in ranked]
@@ -319,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     checkpoint = load(args.ckpt)
     trained = trained_with(checkpoint)
-    compute = set_up(args.device, args.precision or trained["precision"])
+    compute = set_up(args.device or "auto", args.precision or trained["precision"])
     network = build_from(args.ckpt, checkpoint, args.stride, compute)
     if args.images:
         sys.exit(0 if compute.rank or predict(args, checkpoint, network, trained["test_size"], compute) else 1)
@@ -347,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if args.flip:
         both = logits.softmax(1) + evaluate(network, store, rows, trained["test_size"], compute, flip=True).softmax(1)
-        result["flip_accuracy"] = score(both.log(), labels)[1]
+        result["flip_accuracy"] = score(both, labels)[1]
         say(f"with the mirror image: accuracy {result['flip_accuracy']:.2f} %")
     if args.versus:
         result["versus"] = versus = compare(args, paths, hits, store, rows, compute)
@@ -365,9 +359,7 @@ def main(argv: list[str] | None = None) -> None:
                 run = Path(args.logdir or "runs", run.name)
             step = checkpoint.get("epoch", 0)
             with SummaryWriter(run / "test", purge_step=step) as writer:
-                log_analysis(writer, result, logits, labels, paths, lambda at: store.pictures(rows[at]), step)
-    if compute.size > 1:
-        dist.destroy_process_group()
+                log_analysis(writer, result, logits, labels, paths, store, rows, step)
 
 
 def compare(args, paths: list[str], hits: torch.Tensor, store, rows: torch.Tensor, compute: Compute) -> dict:

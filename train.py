@@ -1,20 +1,19 @@
 """Train AlexNet from scratch on Caltech101, or on any folder of class folders.
 
     python train.py --epochs 30 --lr 1e-4       # the report's experiment
-    python train.py --recipe strong             # more accurate, in less time
+    python train.py --recipe strong             # the same network, trained better
     python train.py --resume                    # go on where a run was interrupted
     torchrun --standalone --nproc-per-node=4 train.py --epochs 30 --lr 1e-4
 
 Random numbers are looked up, never carried: the order and the augmentation of an epoch depend on
-the seed and the epoch, dropout on the step as well. So a run that goes on from any step, in any
-number of processes, sees the very numbers that an unbroken one does.
+the seed and the epoch, dropout on the step and the process as well. So a run that goes on from any
+step sees the very numbers that an unbroken one does, and any number of processes the same pictures.
 """
 
 import argparse
 import contextlib
 import csv
 import difflib
-import functools
 import math
 import os
 import platform
@@ -43,7 +42,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import data
-from data import UNIFORMS, DataError, ImageStore, generator, prepare, restore, seed_of, split
+from data import UNIFORMS, DataError, ImageStore, denormalize, generator, prepare, seed_of, split
 from model import FORMAT, AlexNet, CheckpointError, check_writable, init_he, load, replacing, save
 
 RECIPES = {  # a recipe is a set of defaults for ordinary flags
@@ -53,11 +52,15 @@ RECIPES = {  # a recipe is a set of defaults for ordinary flags
     ),
     "strong": dict(
         lr=3e-4, schedule="cosine", warmup_epochs=2, weight_decay=0.05, label_smoothing=0.1,
-        augment="crop,flip,color,trivial", train_size="80-160", test_size=224, ema=0.998, dropout=0.2, init="he",
+        augment="crop,flip,color,trivial", train_size="80-160", test_size=160, ema=0.998, dropout=0.2, init="he",
     ),
 }  # fmt: skip
 MAY_CHANGE = {"epochs", "data", "cache", "device", "ckpt", "logdir", "resume"}  # when a run goes on
 EVAL_BATCH = 128  # images in a batch without gradients
+VERSIONS = {  # that a result depends on, and that of the checkpoint's format
+    "format": FORMAT, "python": platform.python_version(),
+    "torch": str(torch.__version__), "torchvision": torchvision.__version__,
+}  # fmt: skip
 
 
 class UsageError(Exception):
@@ -65,10 +68,10 @@ class UsageError(Exception):
 
 
 class TrainingError(Exception):
-    """Training can't go on; the message says what to change."""
+    """Training or testing can't go on; the message says what to change."""
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM asked the program to stop."""
 
     def __init__(self, signum: int, advice: str = "no training was lost"):
@@ -83,12 +86,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with the nearest flag for a misspelt one."""
 
     def __init__(self, **options):
-        super().__init__(
-            allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            **options,
-        )
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str):
         if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
@@ -107,7 +105,7 @@ def number(kind: type, low: float, high: float):
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
         if not low <= value <= high:  # NaN is outside too
-            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return value
 
     return parse
@@ -198,7 +196,7 @@ def last_path(ckpt: str) -> Path:
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """Return the arguments and, when a run goes on, its resume checkpoint."""
-    parser = Parser(prog="train.py", description=__doc__)
+    parser = Parser(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name in flags:
@@ -231,7 +229,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
             )
         args |= stored | {"ckpt": args["ckpt"]} | given
     for name in ("data", "cache", "logdir"):  # so that they are found again from any folder
-        if args[name] != "sample":
+        if (name, args[name]) != ("data", "sample"):
             args[name] = os.path.abspath(args[name])
     args = argparse.Namespace(**args)
     if checkpoint and args.epochs < checkpoint["epoch"]:
@@ -252,23 +250,23 @@ def out_of_memory(error: Exception) -> bool:
 def run_cli(main) -> None:
     """Run `main()`: what a user can mend ends as one line on standard error and an exit status."""
     threading.excepthook = lambda _: None  # TensorBoard's writers raise again in this thread
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
-    rank = os.environ.get("RANK", "0")
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # a file's name may be no text
+    rank, status = os.environ.get("RANK", "0"), 1
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return
-    except Interrupted as stop:
-        message, status = str(stop), 128 + stop.signum
+    except KeyboardInterrupt as stop:  # an Interrupted says more
+        message, status = str(stop) or "interrupted", 128 + getattr(stop, "signum", signal.SIGINT)
         if rank != "0":
             sys.exit(status)
-    except KeyboardInterrupt:
-        message, status = "interrupted", 128 + signal.SIGINT
     except UsageError as error:
         message, status = f"error: {error}", 2
     except (DataError, CheckpointError, TrainingError) as error:
-        message, status = f"error: {error}", 1
+        message = f"error: {error}"
     except OSError as error:
-        message, status = f"error: {os.fsdecode(error.filename or 'a file')}: {error.strerror or error}", 1
+        message = f"error: {os.fsdecode(error.filename or 'a file')}: {error.strerror or error}"
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             message = "error: out of memory; end other programs, or give --device cpu"
@@ -276,7 +274,6 @@ def run_cli(main) -> None:
             message = "error: another process was lost; its own message, or torchrun's report, says why"
         else:
             raise
-        status = 1
     if rank != "0":  # process 0 most likely says the same; torchrun then ends this one
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_DFL)
@@ -313,7 +310,7 @@ class Compute:
             dist.all_reduce(tensor := tensor.clone())
         return tensor
 
-    def any(self, value: int) -> int:
+    def max(self, value: int) -> int:
         """Return the largest `value` of all processes. It goes from CPU to CPU, so no GPU waits."""
         if self.size == 1:
             return value
@@ -324,10 +321,10 @@ class Compute:
     def first_on_machine(self):
         """Let one process of each machine through the block first, then the others."""
         if self.local_rank:
-            self.any(0)  # a barrier
+            self.max(0)  # a barrier
         yield
         if not self.local_rank:
-            self.any(0)
+            self.max(0)
 
 
 def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
@@ -339,9 +336,8 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     rank, size, local = (int(os.environ[name]) for name in names) if dist.is_torchelastic_launched() else (0, 1, 0)
     if device == "auto":
-        best = torch.accelerator.current_accelerator(check_available=True)
-        device = best.type if best and best.type in ("cuda", "mps") else "cpu"
-        device = "cpu" if device == "mps" and size > 1 else device  # gloo and NCCL know no MPS
+        mps = size == 1 and torch.backends.mps.is_available()  # gloo and NCCL know no MPS
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if size > 1 and (device == "mps" or device.startswith("cuda:")):
         raise TrainingError(f"--device {device} is one device for {size} processes; give --device cuda or cpu")
     chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
@@ -416,7 +412,7 @@ class Signals:
         """
         for step in steps:
             yield step
-            if signum := self.compute.any(self.received):
+            if signum := self.compute.max(self.received):
                 raise Interrupted(signum)
 
 
@@ -469,10 +465,9 @@ def learning_rate(args: argparse.Namespace, progress: float) -> float:
 
 def train_size(args: argparse.Namespace, epoch: int) -> int:
     """Return the pixels a side in `epoch`, counted from 0: `--train-size`, grown in steps of 16."""
-    first, *rest = map(int, args.train_size.split("-"))
-    last = rest[0] if rest else first
+    sizes = [int(size) for size in args.train_size.split("-")]
     progress = min(1.0, epoch / max(1, 0.8 * args.epochs - 1))
-    return last if progress == 1 else first + int((last - first) * progress) // 16 * 16
+    return sizes[-1] if progress == 1 else sizes[0] + int((sizes[-1] - sizes[0]) * progress) // 16 * 16
 
 
 class Run:
@@ -544,7 +539,7 @@ class Run:
         size = train_size(self.args, self.epoch)
         return prepare(images, size, self.args.augment.split(","), uniforms), labels
 
-    def train_epoch(self, watch=iter) -> tuple[float, float]:
+    def train_epoch(self, watch) -> tuple[float, float]:
         """Train from where the epoch stands to its end; return the loss and accuracy of all of it."""
         args, compute, (rows, uniforms) = self.args, self.compute, self.epoch_plan()
         starts = range(0, len(rows), args.batch_size)
@@ -576,11 +571,7 @@ class Run:
         return means
 
     def means(self, sums: torch.Tensor) -> tuple[float, float]:
-        """Return the mean loss and the accuracy in percent that `sums` amount to.
-
-        Raises:
-            TrainingError: the loss is not finite.
-        """
+        """Return the mean loss, which must be finite, and the accuracy in percent that `sums` amount to."""
         loss, hits, images = sums.tolist()
         self.check_finite(loss)
         return loss / max(images, 1), 100 * hits / max(images, 1)  # a process may not have had its first yet
@@ -593,7 +584,7 @@ class Run:
                 f"{self.optimizer.param_groups[0]['lr']:g}; the best checkpoint is kept; try a lower --lr"
             )
 
-    def run_epoch(self, watch=iter) -> dict:
+    def run_epoch(self, watch) -> dict:
         """Train what is left of the epoch, validate, and return the new row of the history."""
         train_loss, train_accuracy = self.train_epoch(watch)
         started, rows = time.perf_counter(), self.rows["valid"]
@@ -626,7 +617,7 @@ class Run:
 
     def save_best(self) -> None:
         """Write the present parameters, those with the best validation accuracy, to `--ckpt`."""
-        weights = {name: tensor.cpu().clone() for name, tensor in self.result.state_dict().items()}
+        weights = {name: tensor.cpu() for name, tensor in self.result.state_dict().items()}
         self._save({"state_dict": weights}, self.args.ckpt)
 
     def save_last(self) -> None:
@@ -660,7 +651,7 @@ class Run:
                 "epoch": self.epoch,
                 "valid_accuracy": self.best["valid_accuracy"] if self.best else None,
                 "args": vars(self.args),
-                "versions": versions(),
+                "versions": VERSIONS,
                 "run": str(self.folder),
                 "split": self.manifest,
             }
@@ -685,12 +676,6 @@ class Run:
         self.best = max(self.history, key=lambda row: row["valid_accuracy"], default=None)
         if self.compute.rank == 0:
             self.sums.copy_(checkpoint["sums"])
-
-
-def versions() -> dict[str, object]:
-    """Return the versions that a result depends on, and that of the checkpoint's format."""
-    torches = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
-    return {"format": FORMAT, "python": platform.python_version(), **torches}
 
 
 # -------------------------------------------------------------------------------------------- log
@@ -720,21 +705,20 @@ class Log:
         run, network = self.run, self.run.network.eval()
         rows, uniforms = run.epoch_plan()
         batch, _ = run.inputs(rows[:64], uniforms[:64])
-        self.train.add_image("first_batch", make_grid(restore(batch), nrow=8), 0)
+        self.train.add_image("first_batch", make_grid(denormalize(batch), nrow=8), 0)
         with torch.no_grad(), FlopCounterMode(display=False) as flops:
             network(batch[:1])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer that TensorBoard uses is called deprecated
             self.train.add_graph(network, batch[:1])
-        forward = f"{flops.get_total_flops() / 1e9:.2f} GFLOP an image at {batch.shape[-1]} pixels, forward"
         facts = {
             "command": f"`{command}`",
             "images": ", ".join(f"{name} {len(paths)}" for name, paths in run.manifest.items()),
             "classes": len(run.store.classes),
             "parameters": f"{sum(p.numel() for p in network.parameters()):,}",
-            "arithmetic": forward,
+            "arithmetic": f"{flops.get_total_flops() / 1e9:.2f} GFLOP an image at {batch.shape[-1]} pixels, forward",
             "computed on": f"{device_title(run.compute.device)}, {str(run.compute.dtype).removeprefix('torch.')}",
-            **versions(),
+            **VERSIONS,
             **vars(run.args),
         }
         lines = [f"| {name} | {printable(value)} |" for name, value in facts.items()]
@@ -745,12 +729,12 @@ class Log:
         step = row["epoch"]
         for name in ("learning_rate", "images_per_second"):
             self.train.add_scalar(name, row[name], step)
+        filters = make_grid(self.run.result.features[0].weight, nrow=8, padding=1, normalize=True, scale_each=True)
+        self.train.add_image("filters", filters.repeat_interleave(4, 1).repeat_interleave(4, 2), step)
         for writer, name in ((self.train, "train"), (self.valid, "valid")):
             writer.add_scalar("loss", row[f"{name}_loss"], step)
             writer.add_scalar("accuracy", row[f"{name}_accuracy"], step)
-        self.train.add_image("filters", filter_grid(self.run.result.features[0].weight), step)
-        self.train.flush()
-        self.valid.flush()
+            writer.flush()
         with replacing(self.run.folder / "history.csv", "w", newline="") as file:
             table = csv.DictWriter(file, row)
             table.writeheader()
@@ -769,12 +753,6 @@ class Log:
 def printable(value: object) -> str:
     """Return `value` as text that can be encoded, whatever the names of files hold."""
     return str(value).encode(errors="backslashreplace").decode()
-
-
-def filter_grid(weight: torch.Tensor) -> torch.Tensor:
-    """Return the first layer's filters (64, 3, 11, 11), each over its full range, as one RGB picture."""
-    grid = make_grid(weight.detach().float(), nrow=8, padding=1, normalize=True, scale_each=True)
-    return grid.repeat_interleave(4, 1).repeat_interleave(4, 2)
 
 
 @contextlib.contextmanager
@@ -816,7 +794,7 @@ def main(argv: list[str] | None = None) -> None:
     args, checkpoint = parse(argv)
     compute = set_up(args.device, args.precision, args.deterministic)
     signals = Signals(compute)
-    say = functools.partial(print, flush=True) if compute.rank == 0 else Silent().say
+    say = print if compute.rank == 0 else Silent().say
     if args.batch_size % compute.size:
         raise TrainingError(f"--batch-size {args.batch_size} is not a multiple of the {compute.size} processes")
     with compute.first_on_machine():
@@ -847,8 +825,6 @@ def main(argv: list[str] | None = None) -> None:
         if args.compile:  # in place; not before the graph is traced
             run.network.compile()
         fit(run, log, signals, say)
-    if compute.size > 1:
-        dist.destroy_process_group()
 
 
 def fit(run: Run, log: Log, signals: Signals, say) -> None:

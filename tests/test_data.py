@@ -202,7 +202,7 @@ def test_an_archive_with_other_images_is_refused(server, monkeypatch):
 
 def test_without_augmentation_pictures_are_only_normalised(images):
     inputs = data.prepare(images)
-    assert torch.allclose(data.restore(inputs) * 255, images.float(), atol=1e-3)
+    assert torch.allclose(data.denormalize(inputs) * 255, images.float(), atol=1e-3)
     assert torch.equal(inputs, data.prepare(images, 224, ("none",), torch.rand(6, data.UNIFORMS)))
     expected = (images[0, 0, 0, 0] / 255 - data.MEAN[0]) / data.STD[0]
     assert inputs[0, 0, 0, 0].item() == pytest.approx(expected.item(), abs=1e-6)
@@ -239,7 +239,7 @@ def test_crop_of_the_whole_picture_is_the_picture_and_a_corner_is_that_corner(im
     ramp = torch.arange(224, dtype=torch.uint8).expand(1, 3, 224, 224)
     corner = torch.full((1, data.UNIFORMS), 0.5)
     corner[:, [data.COLUMNS.index("area"), data.COLUMNS.index("x")]] = 0.0
-    cut = data.restore(data.prepare(ramp, 224, ("crop",), corner)) * 255
+    cut = data.denormalize(data.prepare(ramp, 224, ("crop",), corner)) * 255
     side = data.CROP_SCALE[0] ** 0.5 * 224
     assert cut[0, 0, 100, 0].item() == pytest.approx(0, abs=1)
     assert cut[0, 0, 100, 223].item() == pytest.approx(side - 0.5, abs=1.5)
@@ -257,13 +257,13 @@ def test_trivial_does_one_operation_to_every_other_picture(images):
         torch.testing.assert_close(changed(place, 1.0), plain, rtol=0, atol=1e-3)
     shifted = changed((names.index("x") + 0.5) / (2 * len(names)), 1.0)
     torch.testing.assert_close(shifted[..., :-28], plain[..., 28:], rtol=0, atol=1e-3)  # 224 / 2 * 0.25 = 28
-    darker = data.restore(changed((names.index("brightness") + 0.5) / (2 * len(names)), 0.0))
-    torch.testing.assert_close(darker, data.restore(plain) * 0.4, rtol=0, atol=1e-3)
+    darker = data.denormalize(changed((names.index("brightness") + 0.5) / (2 * len(names)), 0.0))
+    torch.testing.assert_close(darker, data.denormalize(plain) * 0.4, rtol=0, atol=1e-3)
     square = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
     square[:, :, 110:114, 180:184] = 255  # 70 pixels to the right of the centre
     uniforms = torch.full((1, data.UNIFORMS), 0.5)
     uniforms[:, -2:] = torch.tensor([0.5 / (2 * len(names)), 1.0])
-    turned = data.restore(data.prepare(square, 224, ("trivial",), uniforms))[0, 0]
+    turned = data.denormalize(data.prepare(square, 224, ("trivial",), uniforms))[0, 0]
     y, x = divmod(turned.argmax().item(), 224)
     assert (x, y) == pytest.approx((111.5 + 70 * 3**0.5 / 2, 111.5 - 70 / 2), abs=2)
 
@@ -272,4 +272,4 @@ def test_sizes_other_than_the_stored_one_are_resampled(images):
     for augment in ((), ("crop", "flip")):
         assert data.prepare(images, 96, augment, torch.rand(6, data.UNIFORMS)).shape == (6, 3, 96, 96)
     flat = torch.full((1, 3, 224, 224), 99, dtype=torch.uint8)
-    assert torch.allclose(data.restore(data.prepare(flat, 96)) * 255, torch.tensor(99.0), atol=1e-2)
+    assert torch.allclose(data.denormalize(data.prepare(flat, 96)) * 255, torch.tensor(99.0), atol=1e-2)
