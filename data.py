@@ -419,12 +419,16 @@ def prepare(
         augment: names among AUGMENTATIONS.
         uniforms: an image's own random numbers in [0, 1), (B, UNIFORMS); needed with `augment`.
     """
-    pixels = images.float().div_(255)
     changes = draw_changes(augment, uniforms) if uniforms is not None else {}
-    if len(pixels) and {"crop", "flip", "trivial"} & {*augment}:  # a process's share of a batch may be empty
+    warped = len(images) and {"crop", "flip", "trivial"} & {*augment}  # a process's share of a batch may be empty
+    # warping reads 2 x 2 pixels, so from pictures much larger than the result it would read noise
+    side = min(int(1.5 * size), images.shape[-1]) if warped else size
+    if side != images.shape[-1]:
+        images = images if images.device.type == "cpu" else images.float()  # only the CPU resizes bytes, and faster
+        images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    pixels = images.float().div_(255)
+    if warped:
         pixels = warp(pixels, size, changes)
-    elif size != pixels.shape[-1]:
-        pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
     if {"color", "trivial"} & {*augment}:
         pixels = jitter(pixels, changes)
     mean, std = statistics(pixels.device)

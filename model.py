@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 HIDDEN = 4096  # units of the two hidden linear layers
@@ -93,6 +94,20 @@ def init_he(network: AlexNet) -> None:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
     nn.init.normal_(network.classifier[-1].weight, std=0.01)
+
+
+@torch.no_grad()
+def whiten(layer: nn.Conv2d, images: torch.Tensor) -> None:
+    """Give a first layer filters whose outputs on `images`, (B, 3, H, W), are uncorrelated, of variance 1.
+
+    They are the principal components of the patches that the layer sees, each also negated, so that
+    ReLU loses nothing; airbench (https://arxiv.org/abs/2404.00498) starts so, with smaller patches.
+    Random filters nearly all see the same, a patch's mean colour, for it has most of the variance.
+    """
+    patches = F.unfold(images, layer.kernel_size, stride=7).movedim(1, 2).flatten(0, 1)  # (N, 3 * 11 * 11)
+    variances, directions = torch.linalg.eigh(patches.T.double().cov())  # from small to large
+    filters = (directions / (variances + 0.1).sqrt()).T.flip(0)[: layer.out_channels // 2]  # 0.1 bounds noise
+    layer.weight.copy_(torch.cat([filters, -filters]).view_as(layer.weight))
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import data
 from data import UNIFORMS, DataError, ImageStore, denormalize, generator, prepare, seed_of, split
-from model import FORMAT, AlexNet, CheckpointError, check_writable, init_he, load, replacing, save
+from model import FORMAT, AlexNet, CheckpointError, check_writable, init_he, load, replacing, save, whiten
 
 RECIPES = {  # a recipe is a set of defaults for ordinary flags
     "report": dict(
@@ -52,7 +52,7 @@ RECIPES = {  # a recipe is a set of defaults for ordinary flags
     ),
     "strong": dict(
         lr=3e-4, schedule="cosine", warmup_epochs=2, weight_decay=0.05, label_smoothing=0.1,
-        augment="crop,flip,color,trivial", train_size="80-160", test_size=160, ema=0.998, dropout=0.2, init="he",
+        augment="crop,flip,color,trivial", train_size="80-160", test_size=160, ema=0.998, dropout=0.2, init="whiten",
     ),
 }  # fmt: skip
 MAY_CHANGE = {"epochs", "data", "cache", "device", "ckpt", "logdir", "resume"}  # when a run goes on
@@ -139,7 +139,8 @@ FLAGS = {  # by group: the type or the choices, the default unless recipes give 
                        "pixels a side; A-B grows from A to B over the first 80 %% of the epochs"),
         "test_size": (number(int, 64, 499), ..., "pixels a side in validation and test"),
         "ema": (number(float, 0, 1), ..., "decay a step of averaged weights, then those tested and saved; 0: none"),
-        "init": (["default", "he"], ..., "initial weights: PyTorch's or He's"),
+        "init": (["default", "he", "whiten"], ...,
+                 "initial weights: PyTorch's; He's; or those after a first layer that whitens patches"),
         "seed": (number(int, 0, 2**32), 0, "decides split, weights, order, augmentation and dropout"),
     },
     "network": {
@@ -492,8 +493,11 @@ class Run:
 
         torch.manual_seed(args.seed)
         network = AlexNet(len(store.classes), args.stride, args.dropout)
-        if args.init == "he":
+        if args.init != "default":
             init_he(network)
+        if args.init == "whiten":
+            images, _ = store.batch(self.rows["train"][:256], torch.device("cpu"))  # in random order already
+            whiten(network.features[0], prepare(images, train_size(args, 0)))
         self.network = self.replica = network.to(compute.device, memory_format=compute.layout)
         if compute.size > 1:
             self.replica = DistributedDataParallel(self.network, gradient_as_bucket_view=True)

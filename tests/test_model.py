@@ -55,6 +55,18 @@ def test_he_initialisation_keeps_the_variance_and_starts_from_even_odds(monkeypa
     assert odds.max() < 0.3
 
 
+def test_a_whitening_layer_gives_uncorrelated_outputs_and_their_negatives():
+    layer = torch.nn.Conv2d(3, 64, 11, stride=7)
+    smooth = torch.nn.functional.interpolate(torch.randn(256, 3, 24, 24), size=(96, 96), mode="bicubic")
+    model.whiten(layer, smooth)
+    outputs = layer(smooth).movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(outputs[:, :32].T.cov(), torch.eye(32), rtol=0, atol=0.1)
+    assert torch.equal(layer.weight[32:], -layer.weight[:32])
+    flat = torch.ones(64, 3, 96, 96) * torch.rand(64, 3, 1, 1)  # most directions have no variance at all
+    model.whiten(layer, flat)
+    assert layer.weight.abs().max() < 4
+
+
 def test_build_returns_the_saved_network(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "HIDDEN", 8)
     network = model.AlexNet(7, stride=4).eval()
