@@ -51,8 +51,8 @@ RECIPES = {  # a recipe is a set of defaults for ordinary flags
         augment="none", train_size="224", test_size=224, ema=0.0, dropout=0.5, init="default",
     ),
     "strong": dict(
-        lr=3e-4, schedule="cosine", warmup_epochs=2, weight_decay=0.05, label_smoothing=0.1,
-        augment="crop,flip,color,trivial", train_size="80-160", test_size=160, ema=0.998, dropout=0.2, init="whiten",
+        lr=3e-4, schedule="cosine", warmup_epochs=2, weight_decay=1.0, label_smoothing=0.1,
+        augment="crop,flip,color,trivial", train_size="80-128", test_size=128, ema=0.998, dropout=0.3, init="whiten",
     ),
 }  # fmt: skip
 MAY_CHANGE = {"epochs", "data", "cache", "device", "ckpt", "logdir", "resume"}  # when a run goes on

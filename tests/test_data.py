@@ -273,3 +273,10 @@ def test_sizes_other_than_the_stored_one_are_resampled(images):
         assert data.prepare(images, 96, augment, torch.rand(6, data.UNIFORMS)).shape == (6, 3, 96, 96)
     flat = torch.full((1, 3, 224, 224), 99, dtype=torch.uint8)
     assert torch.allclose(data.denormalize(data.prepare(flat, 96)) * 255, torch.tensor(99.0), atol=1e-2)
+
+
+def test_what_is_warped_to_a_smaller_size_is_smoothed_first():
+    stripes = torch.tensor([0, 255], dtype=torch.uint8).repeat(112).expand(1, 3, 224, 224)
+    for augment in ((), ("flip",)):
+        small = data.denormalize(data.prepare(stripes, 80, augment, torch.zeros(1, data.UNIFORMS)))
+        assert (small - 0.5).abs().max() < 0.1  # without it: 0.5

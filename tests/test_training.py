@@ -88,6 +88,18 @@ def test_averaged_weights_follow_the_recurrence(run):
     assert not torch.equal(expected, now)
 
 
+def test_initial_weights_are_those_that_the_flag_names(run):
+    first = {name: run("--init", name).network.features[0] for name in ("default", "he", "whiten")}
+    assert first["default"].weight.std() < first["he"].weight.std()
+    assert first["default"].bias.any()
+    trained = run("--init", "whiten", "--weight-decay", "0.5")
+    rows, uniforms = trained.epoch_plan()
+    inputs, _ = trained.inputs(rows, uniforms)
+    outputs = first["whiten"](inputs).movedim(1, -1).flatten(0, -2)[:, :8]
+    torch.testing.assert_close(outputs.T.cov(), torch.eye(8), rtol=0, atol=0.3)
+    assert torch.equal(trained.network.features[0].weight, first["whiten"].weight)  # the seed decides
+
+
 def test_label_smoothing_mixes_the_target_with_all_classes(run):
     trained = run("--label-smoothing", "0.2", "--dropout", "0")
     rows, uniforms = trained.epoch_plan()
