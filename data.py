@@ -257,8 +257,9 @@ def decode_once(root: Path, paths: list[str], file: Path) -> Path:
                 stale.unlink()
     checksums = []
     try:
+        temporary.touch()  # and not emptied: another process may be filling it
         with (
-            os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b") as out,
+            open(temporary, "r+b") as out,
             ThreadPoolExecutor(os.cpu_count()) as pool,
             tqdm(total=len(paths), desc="decoding once", unit=" images", disable=None) as bar,
         ):

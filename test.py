@@ -116,6 +116,26 @@ def calibration(confidence: torch.Tensor, hits: torch.Tensor, bins: int = 10) ->
     return 100 * (share * (mean - right).abs()).sum().item(), torch.stack([share, mean, right], 1)
 
 
+def summary(result: dict, other: str | None) -> str:
+    """Return what `--json` holds in lines for people; `other` is the file that was compared with."""
+    images, accuracy = result["images"], result["accuracy"]
+    lines = [
+        f"{result['split']}: loss {result['loss']:.4f}  accuracy {accuracy:.2f} % ({accuracy * images / 100:.0f} of "
+        f"{images} images; 95 % interval {result['accuracy_low']:.1f} to {result['accuracy_high']:.1f})",
+        f"top-5 accuracy {result['top5_accuracy']:.2f} %  mean per-class accuracy "
+        f"{result['mean_class_accuracy']:.2f} %  calibration error {result['calibration_error']:.2f} %",
+    ]
+    if "flip_accuracy" in result:
+        lines.append(f"with the mirror image: accuracy {result['flip_accuracy']:.2f} %")
+    if other:
+        versus = result["versus"]
+        lines.append(
+            f"versus {other}: accuracy {versus['accuracy']:.2f} %, difference {versus['difference']:+.2f}, "
+            f"p = {versus['p_value']:.3g} (McNemar, exact)"
+        )
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------------------------- pictures
 
 
@@ -332,23 +352,12 @@ def main(argv: list[str] | None = None) -> None:
 
     logits = evaluate(network, store, rows, trained["test_size"], compute)
     result = {"split": args.split, **figures(logits, labels, store.classes)}
-    hits = logits.argmax(1) == labels
-    say(
-        f"{args.split}: loss {result['loss']:.4f}  accuracy {result['accuracy']:.2f} % ({int(hits.sum())} of "
-        f"{len(hits)} images; 95 % interval {result['accuracy_low']:.1f} to {result['accuracy_high']:.1f})\n"
-        f"top-5 accuracy {result['top5_accuracy']:.2f} %  mean per-class accuracy "
-        f"{result['mean_class_accuracy']:.2f} %  calibration error {result['calibration_error']:.2f} %"
-    )
     if args.flip:
         both = logits.softmax(1) + evaluate(network, store, rows, trained["test_size"], compute, flip=True).softmax(1)
         result["flip_accuracy"] = score(both, labels)[1]
-        say(f"with the mirror image: accuracy {result['flip_accuracy']:.2f} %")
     if args.versus:
-        result["versus"] = versus = compare(args, paths, hits, store, rows, compute)
-        say(
-            f"versus {args.versus}: accuracy {versus['accuracy']:.2f} %, difference {versus['difference']:+.2f}, "
-            f"p = {versus['p_value']:.3g} (McNemar, exact)"
-        )
+        result["versus"] = compare(args, paths, logits.argmax(1) == labels, store, rows, compute)
+    say(summary(result, args.versus))
     if compute.rank == 0:
         write_json(args.json, result)
         if args.predictions:
