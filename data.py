@@ -76,11 +76,11 @@ def locate(data: str, cache: str) -> Path:
     folder = Path(data)
     places = [folder / name / "101_ObjectCategories" for name in (".", "caltech101", "caltech-101")]
     for place in [*places, folder]:
-        if place.is_dir() and class_folders(place):
+        if place.is_dir() and scan(place)[0]:
             return place
     if folder.resolve() == Path(DEFAULT_DATA).resolve():
         return download(folder)
-    problem = "no class folders there" if folder.is_dir() else "no such folder"
+    problem = "no class folders with images there" if folder.is_dir() else "no such folder"
     raise DataError(
         f"{data}: {problem}; --data takes the folder that holds 101_ObjectCategories or any folder of "
         "class folders; leave it out to download Caltech101, or try --data sample"
@@ -102,12 +102,14 @@ def download(folder: Path) -> Path:
         found = len(scan(partial / "caltech101" / "101_ObjectCategories")[0])
         if found != CALTECH101_IMAGES:
             raise RuntimeError(f"{found} images arrived instead of {CALTECH101_IMAGES}")
-        os.replace(partial / "caltech101", final)
+        final.mkdir(exist_ok=True)
+        os.replace(partial / "caltech101" / "101_ObjectCategories", final / "101_ObjectCategories")
         shutil.rmtree(partial)
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"Caltech101 could not be downloaded ({error}); try again, or unpack caltech-101.zip from "
-            f"https://data.caltech.edu/records/mzrjq-6wc02 in {folder}, or try --data sample"
+            f"https://data.caltech.edu/records/mzrjq-6wc02, and 101_ObjectCategories.tar.gz in it, in {folder}, "
+            "or try --data sample"
         ) from error
     return final / "101_ObjectCategories"
 
@@ -139,6 +141,7 @@ def scan(root: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
                 folders.clear()
                 continue
             visited.add(real)
+            folders[:] = [name for name in folders if not name.startswith(".")]
             for path in (Path(folder, file) for file in files):
                 if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
                     status = path.stat() if path.exists() else path.lstat()  # a broken link: decoding will tell
@@ -157,7 +160,7 @@ def draw_sample(folder: Path, images_per_class: int = 80) -> Path:
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         for name, outline in SHAPES.items():
-            (temporary / name).mkdir(parents=True)
+            (temporary / name).mkdir(parents=True, exist_ok=True)
             for index in range(images_per_class):
                 picture = draw_shape(outline, random.Random(f"{name} {index}"))
                 picture.save(temporary / name / f"image_{index + 1:04d}.jpg", quality=90)
@@ -226,20 +229,20 @@ def decode(file: str | Path | io.BytesIO) -> torch.Tensor:
         image.draft("RGB", (SIZE, SIZE))  # lets the JPEG decoder drop detail of a far larger picture
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel: convert() would cut, not scale
-            image = Image.fromarray((pil_to_tensor(image)[0].int() >> 8).clamp(0, 255).byte().numpy())
+            image = Image.fromarray((pil_to_tensor(image.convert("I"))[0] >> 8).clamp(0, 255).byte().numpy())
         elif "transparency" in image.info:
             image = image.convert("RGBA")
         image = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     return pil_to_tensor(image).permute(1, 2, 0)
 
 
-def try_decode(path: Path) -> tuple[bytes, int]:
-    """Return the bytes of `decode(path)` and a checksum of the file, black and 0 if it can't be read."""
+def try_decode(path: Path) -> tuple[torch.Tensor, int]:
+    """Return `decode(path)` and a checksum of the file, black and 0 if it can't be read."""
     try:
         content = path.read_bytes() if path.is_file() else b""
-        return decode(io.BytesIO(content)).numpy().tobytes(), zlib.crc32(content) or 1
+        return decode(io.BytesIO(content)), zlib.crc32(content) or 1
     except Exception:  # Pillow raises almost anything on a damaged file
-        return bytes(SIZE * SIZE * 3), 0
+        return torch.zeros(SIZE, SIZE, 3, dtype=torch.uint8), 0
 
 
 def decode_once(root: Path, paths: list[str], file: Path) -> Path:
@@ -266,7 +269,7 @@ def decode_once(root: Path, paths: list[str], file: Path) -> Path:
             for start in range(0, len(paths), 256):  # bounds what waits in memory to be written
                 chunk = [root / path for path in paths[start : start + 256]]
                 for pixels, checksum in pool.map(try_decode, chunk):
-                    out.write(pixels)
+                    out.write(pixels.numpy())
                     checksums.append(checksum)
                 bar.update(len(chunk))
             out.write(torch.tensor(checksums).numpy().tobytes())
@@ -299,9 +302,9 @@ class ImageStore:
     Attributes:
         root: the folder of the class folders.
         classes: their names; a label is a place in this list.
-        paths: the images' paths relative to `root`, sorted.
-        labels: int64 (N,).
-        pixels: uint8 (N, SIZE, SIZE, 3).
+        paths: the paths, relative to `root`, of the images that can be read, sorted.
+        labels: int64 (N,), of all images, also those that can't be read: `rows` says where one is.
+        pixels: uint8 (N, SIZE, SIZE, 3), of the same.
         skipped: how many pictures could not be read and were left out.
         fingerprint: changes when an image is added, removed, renamed or gets another content.
 
@@ -403,6 +406,11 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
+def layout(device: torch.device) -> torch.memory_format:
+    """Return the order in memory in which convolutions are fast; on MPS the one that is well tried."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 @functools.cache
 def statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return MEAN and STD (1, 3, 1, 1) on `device`; kept, for sending them anew makes a GPU wait."""
@@ -412,7 +420,7 @@ def statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def prepare(
     images: torch.Tensor, size: int = SIZE, augment: Sequence[str] = (), uniforms: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return what the network sees: float32 (B, 3, size, size), channels_last, augmented, normalised.
+    """Return what the network sees: float32 (B, 3, size, size), in `layout`, augmented, normalised.
 
     Args:
         images: uint8 (B, 3, H, W).
@@ -433,7 +441,7 @@ def prepare(
     if {"color", "trivial"} & {*augment}:
         pixels = jitter(pixels, changes)
     mean, std = statistics(pixels.device)
-    return pixels.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+    return pixels.sub_(mean).div_(std).contiguous(memory_format=layout(pixels.device))
 
 
 def denormalize(inputs: torch.Tensor) -> torch.Tensor:
@@ -446,9 +454,10 @@ def draw_changes(augment: Sequence[str], uniforms: torch.Tensor) -> dict[str, to
     """Return what is done to each picture, from its own random numbers (B, UNIFORMS); (B,) each.
 
     `crop` is torchvision's RandomResizedCrop: CROP_SCALE of the area, CROP_RATIO of width to height,
-    each drawn evenly (the ratio on a log scale), at any place where it fits. `trivial` is after
-    TrivialAugment (https://arxiv.org/abs/2103.10158): to every other picture, one of OPERATIONS is
-    done, at a strength drawn evenly.
+    each drawn evenly (the ratio on a log scale), at any place where it fits; a side longer than the
+    picture's is cut to it, where torchvision draws anew. `trivial` is after TrivialAugment
+    (https://arxiv.org/abs/2103.10158): to half of the pictures, drawn at random, one of OPERATIONS
+    is done, at a strength drawn evenly.
     """
     numbers = dict(zip(COLUMNS, uniforms.unbind(1), strict=True))
     one = torch.ones_like(numbers["x"])
@@ -471,7 +480,11 @@ def draw_changes(augment: Sequence[str], uniforms: torch.Tensor) -> dict[str, to
 
 
 def warp(pixels: torch.Tensor, size: int, changes: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cut out, scale, mirror, rotate, shear and shift each picture in one pass of bilinear sampling."""
+    """Cut out, scale, mirror, rotate, shear and shift each picture in one pass of bilinear sampling.
+
+    A matrix maps places in the result to places in the picture, both from -1 to 1: a width of 0.5
+    cuts out half of it, a negative one mirrors, and (x, y) is the cut's centre.
+    """
     cos, sin = changes["rotation"].cos(), changes["rotation"].sin()
     width, height = changes["width"] * changes["mirror"], changes["height"]
     across = [width * cos, height * (changes["shear_x"] - sin), changes["x"]]

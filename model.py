@@ -98,12 +98,14 @@ def init_he(network: AlexNet) -> None:
 
 @torch.no_grad()
 def whiten(layer: nn.Conv2d, images: torch.Tensor) -> None:
-    """Give a first layer filters whose outputs on `images`, (B, 3, H, W), are uncorrelated, of variance 1.
+    """Give a first layer filters whose outputs on `images`, (B, 3, H, W), are uncorrelated, of variance near 1.
 
-    They are the principal components of the patches that the layer sees, each also negated, so that
-    ReLU loses nothing; airbench (https://arxiv.org/abs/2404.00498) starts so, with smaller patches.
+    Those are half of them, the principal components of the patches that the layer sees; the others
+    are their negatives, so that ReLU loses nothing. airbench (https://arxiv.org/abs/2404.00498)
+    starts so, with smaller patches.
     Random filters nearly all see the same, a patch's mean colour, for it has most of the variance.
     """
+    # a sample of the patches, here every 7th place, is enough
     patches = F.unfold(images, layer.kernel_size, stride=7).movedim(1, 2).flatten(0, 1)  # (N, 3 * 11 * 11)
     variances, directions = torch.linalg.eigh(patches.T.double().cov())  # from small to large
     filters = (directions / (variances + 0.1).sqrt()).T.flip(0)[: layer.out_channels // 2]  # 0.1 bounds noise
@@ -188,6 +190,8 @@ def load(path: str | Path) -> dict:
         hint = "; train.py writes one" if isinstance(error, FileNotFoundError) else ""
         raise CheckpointError(f"{path}: can't be read ({error.strerror or error}){hint}") from error
     except Exception as error:  # a damaged file can make the readers raise anything
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise
         if "Unsupported global" in str(error) or "weights_only" in str(error).lower():
             reason = "refused: it holds objects that could run code when loaded, not only tensors"
         else:

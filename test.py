@@ -10,7 +10,6 @@ order of the folder. Figures go to the log folder of the run that the checkpoint
 
 import argparse
 import csv
-import io
 import json
 import math
 import sys
@@ -23,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from data import SUFFIXES, DataError, ImageStore, decode, prepare, split
+from data import SUFFIXES, DataError, ImageStore, layout, prepare, split, try_decode
 from model import CheckpointError, build, load, replacing
 from train import DEFAULTS, RECIPES, Compute, Parser, add_flag, evaluate, number, printable, run_cli, score, set_up
 
@@ -50,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--stride", type=int, choices=[2, 4], default=2, help="for a bare state_dict: the network's (default: 2)")
     args = parser.parse_args(argv)
     for name in ("data", "cache", "split", "flip", "versus", "predictions", "logdir"):
-        if args.images and getattr(args, name) not in (None, False, "test"):
+        if args.images and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} needs the data set, which --images leaves alone; give one of the two")
     return args
 
@@ -173,7 +172,7 @@ def confusion_picture(matrix: torch.Tensor, classes: list[str]) -> torch.Tensor:
 def captioned_grid(images: torch.Tensor, captions: list[str], columns: int = 8) -> torch.Tensor:
     """Lay pictures, uint8 (N, 3, S, S), out in a grid, each over its caption, as uint8 (3, H, W)."""
     size, text = images.shape[-1], 58
-    rows = -(-len(images) // columns)
+    rows = math.ceil(len(images) / columns)
     picture = Image.new("RGB", (columns * (size + 6), rows * (size + text)), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
@@ -228,11 +227,10 @@ def log_analysis(writer: SummaryWriter, result: dict, logits, labels, paths: lis
     confused = Counter(pair for pair in zip(labels.tolist(), predicted.tolist(), strict=True) if pair[0] != pair[1])
     pairs = [[classes[true], classes[guess], count] for (true, guess), count in confused.most_common(20)]
     writer.add_text("most_confused", table(["true", "predicted", "images"], pairs), step)
-    ranked = sorted((e for e in result["classes"] if e["images"]), key=lambda entry: entry["accuracy"])
-    rows = [[printable(entry["name"]), entry["images"], f"{entry['accuracy']:.1f}"] for entry in ranked]
-    writer.add_text("classes", table(["class, worst first", "images", "accuracy, %"], rows), step)
-    for entry in ranked[:5]:
-        label = classes.index(printable(entry["name"]))
+    ranked = sorted((entry["accuracy"], label) for label, entry in enumerate(result["classes"]) if entry["images"])
+    lines = [[classes[label], result["classes"][label]["images"], f"{accuracy:.1f}"] for accuracy, label in ranked]
+    writer.add_text("classes", table(["class, worst first", "images", "accuracy, %"], lines), step)
+    for _, label in ranked[:5]:
         writer.add_pr_curve(f"precision_recall/{classes[label]}", labels == label, probabilities[:, label], step)
 
 
@@ -263,9 +261,8 @@ def predict(args: argparse.Namespace, checkpoint: dict, network: torch.nn.Module
 @torch.inference_mode()
 def name_picture(path: Path, classes: list[str], network: torch.nn.Module, size: int, compute: Compute) -> dict:
     """Return a picture's path with its likeliest classes and their probabilities, or with an error."""
-    try:
-        image = decode(io.BytesIO(path.read_bytes()))
-    except Exception:  # Pillow raises almost anything on a damaged file
+    image, checksum = try_decode(path)
+    if not checksum:
         return {"path": str(path), "error": "can't be read as a picture" if path.is_file() else "no such file"}
     with compute.autocast():
         logits = network(prepare(image.permute(2, 0, 1)[None].to(compute.device), size))
@@ -305,7 +302,7 @@ def build_from(path: str, checkpoint: dict, stride: int, compute: Compute) -> to
     try:
         if "optimizer" in checkpoint:
             raise CheckpointError("is there for --resume; test the best checkpoint, which lies beside it")
-        return build(checkpoint, stride).to(compute.device, memory_format=compute.layout)
+        return build(checkpoint, stride).to(compute.device, memory_format=layout(compute.device))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -14,10 +14,12 @@ import argparse
 import contextlib
 import csv
 import difflib
+import itertools
 import math
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -42,7 +44,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import data
-from data import UNIFORMS, DataError, ImageStore, denormalize, generator, prepare, seed_of, split
+from data import UNIFORMS, DataError, ImageStore, denormalize, generator, layout, prepare, seed_of, split
 from model import FORMAT, AlexNet, CheckpointError, check_writable, init_he, load, replacing, save, whiten
 
 RECIPES = {  # a recipe is a set of defaults for ordinary flags
@@ -178,7 +180,7 @@ def add_flag(group, name: str) -> None:
     if default is ...:
         text += f" ({', '.join(f'{recipe}: {defaults[name]}' for recipe, defaults in RECIPES.items())})"
     elif default not in (False, None):
-        text += f" (default: {default})"
+        text += f" (default: {default})".replace("%", "%%")
     options = {"type": kind, "metavar": name.split("_")[-1].upper()}
     if kind is bool:
         options = {"action": "store_true"}
@@ -206,19 +208,21 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     args = DEFAULTS | RECIPES[given.get("recipe", DEFAULTS["recipe"])] | given
     resume, checkpoint = args["resume"], None
     for name in ("ckpt", "resume"):
-        if isinstance(args[name], str) and not Path(args[name]).name:
+        if isinstance(args[name], str) and not Path(args[name]).stem.removesuffix(".last").strip("."):
             parser.error(f"--{name} {args[name]!r} names no file")
     if isinstance(resume, str):
         args["ckpt"] = str(Path(resume).with_name(Path(resume).stem.removesuffix(".last") + Path(resume).suffix))
-        if given.get("ckpt", args["ckpt"]) != args["ckpt"]:
+        if Path(given.get("ckpt", args["ckpt"])) != Path(args["ckpt"]):
             parser.error(f"--ckpt {given['ckpt']} contradicts --resume {resume}, which goes with {args['ckpt']}")
     last = last_path(args["ckpt"])
-    if resume or (job() and last.exists()):
+    if resume:
         checkpoint = load(last)
         if "optimizer" not in checkpoint:
             raise CheckpointError(f"{last}: is not a resume checkpoint; train.py writes one as NAME.last.pth")
-        if not resume and checkpoint["job"] != job():  # not of this run, which torchrun has not restarted
-            checkpoint = None
+    elif job() and last.exists():
+        with contextlib.suppress(CheckpointError):  # a new run replaces whatever lies there
+            found = load(last)
+            checkpoint = found if found.get("job") == job() else None  # of this run, restarted by torchrun
     if checkpoint:
         stored = checkpoint["args"]
         wrong = [name for name in given if name not in MAY_CHANGE and stored.get(name) != given[name]]
@@ -267,7 +271,7 @@ def run_cli(main) -> None:
     except (DataError, CheckpointError, TrainingError) as error:
         message = f"error: {error}"
     except OSError as error:
-        message = f"error: {os.fsdecode(error.filename or 'a file')}: {error.strerror or error}"
+        message = f"error: {os.fsdecode(error.filename or 'output')}: {error.strerror or error}"
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             message = "error: out of memory; end other programs, or give --device cpu"
@@ -299,11 +303,6 @@ class Compute:
     def autocast(self) -> torch.autocast:
         """Return a context in which convolutions and matrix products compute in `dtype`."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
-
-    @property
-    def layout(self) -> torch.memory_format:
-        """The order in memory in which convolutions are fast; on MPS the one that is well tried."""
-        return torch.contiguous_format if self.device.type == "mps" else torch.channels_last
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return `tensor` added up over all processes."""
@@ -353,9 +352,9 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    if dist.is_torchelastic_launched():
+    if size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        store, rank, size = next(rendezvous("env://"))
+        store, _, _ = next(rendezvous("env://"))
         if os.environ["GROUP_WORLD_SIZE"] == "1":  # torchrun keeps its store when it restarts the processes of
             # one machine, and with it the addresses of those that died
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
@@ -364,7 +363,7 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
 
 
 def job() -> str | None:
-    """Return what tells a start of torchrun from another, restarts included; None where nothing does."""
+    """Return torchrun's id of this run: the same after a restart, another after a new start; None without one."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return None if name == "none" else name
 
@@ -446,7 +445,7 @@ def evaluate(
 
 
 def score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """Return cross-entropy and accuracy in percent, means over the images, each exact in float32."""
+    """Return cross-entropy and accuracy in percent, means over the images, both float32, as event files hold them."""
     accuracy = 100 * (logits.argmax(1) == labels).sum() / len(labels)
     return F.cross_entropy(logits, labels).item(), accuracy.item()
 
@@ -475,6 +474,8 @@ class Run:
     """All that a run is: what is trained, how far it has come, and what it has seen of this epoch.
 
     Attributes:
+        replica: the network, wrapped in DistributedDataParallel where there are several processes.
+        evaluated: the network that is validated and saved: the averaged one with `--ema`.
         folder: of its log; set once it is clear that it can be saved.
         epoch: epochs completed.
         step: steps completed in the epoch after those.
@@ -498,15 +499,13 @@ class Run:
         if args.init == "whiten":
             images, _ = store.batch(self.rows["train"][:256], torch.device("cpu"))  # in random order already
             whiten(network.features[0], prepare(images, train_size(args, 0)))
-        self.network = self.replica = network.to(compute.device, memory_format=compute.layout)
+        self.network = self.replica = network.to(compute.device, memory_format=layout(compute.device))
         if compute.size > 1:
             self.replica = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
             if args.bf16_gradients:
                 self.replica.register_comm_hook(None, bf16_compress_hook)
-        self.averaged = None
-        if args.ema:
-            self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-        self.result = self.averaged.module if self.averaged else self.network  # validated and saved
+        self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+        self.evaluated = self.averaged.module if self.averaged else self.network
         self.optimizer = torch.optim.Adam(
             self.network.parameters(),
             weight_decay=args.weight_decay,
@@ -547,7 +546,8 @@ class Run:
         """Train from where the epoch stands to its end; return the loss and accuracy of all of it."""
         args, compute, (rows, uniforms) = self.args, self.compute, self.epoch_plan()
         starts = range(0, len(rows), args.batch_size)
-        read = started = time.perf_counter() - self.seconds
+        started = time.perf_counter() - self.seconds  # as if the epoch had begun without a break
+        read = started  # when the sums were last fetched from the device
         self.replica.train()
         with tqdm(
             desc=f"epoch {self.epoch + 1}/{args.epochs}",
@@ -560,8 +560,7 @@ class Run:
             for start in watch(starts[self.step :]):
                 stop = min(start + args.batch_size, len(rows))
                 share = slice(start + compute.rank, stop, compute.size)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(args, self.epoch + (self.step + 0.5) / len(starts))
+                self.optimizer.param_groups[0]["lr"] = learning_rate(args, self.epoch + (self.step + 0.5) / len(starts))
                 torch.manual_seed(seed_of("dropout", args.seed, self.epoch, self.step, compute.rank))
                 self.train_step(*self.inputs(rows[share], uniforms[share]), stop - start)
                 self.step, self.seconds = self.step + 1, time.perf_counter() - started
@@ -592,7 +591,7 @@ class Run:
         """Train what is left of the epoch, validate, and return the new row of the history."""
         train_loss, train_accuracy = self.train_epoch(watch)
         started, rows = time.perf_counter(), self.rows["valid"]
-        logits = evaluate(self.result, self.store, rows, self.args.test_size, self.compute, watch=watch)
+        logits = evaluate(self.evaluated, self.store, rows, self.args.test_size, self.compute, watch=watch)
         valid_loss, valid_accuracy = score(logits, self.store.labels.cpu()[rows])
         self.check_finite(valid_loss)  # the last step may have broken the weights
         figures = {
@@ -621,7 +620,7 @@ class Run:
 
     def save_best(self) -> None:
         """Write the present parameters, those with the best validation accuracy, to `--ckpt`."""
-        weights = {name: tensor.cpu() for name, tensor in self.result.state_dict().items()}
+        weights = {name: tensor.cpu() for name, tensor in self.evaluated.state_dict().items()}
         self._save({"state_dict": weights}, self.args.ckpt)
 
     def save_last(self) -> None:
@@ -733,7 +732,7 @@ class Log:
         step = row["epoch"]
         for name in ("learning_rate", "images_per_second"):
             self.train.add_scalar(name, row[name], step)
-        filters = make_grid(self.run.result.features[0].weight, nrow=8, padding=1, normalize=True, scale_each=True)
+        filters = make_grid(self.run.evaluated.features[0].weight, nrow=8, padding=1, normalize=True, scale_each=True)
         self.train.add_image("filters", filters.repeat_interleave(4, 1).repeat_interleave(4, 2), step)
         for writer, name in ((self.train, "train"), (self.valid, "valid")):
             writer.add_scalar("loss", row[f"{name}_loss"], step)
@@ -764,6 +763,8 @@ def explained(run: Run):
     """Turn what can go wrong in training, for want of room or of a compiler, into errors that say what to do."""
     try:
         yield
+    except BrokenPipeError:  # standard output's
+        raise
     except OSError as error:
         raise TrainingError(
             f"{run.folder}: the log can't be written ({error.strerror or error}); make room or mend the folder; "
@@ -781,13 +782,12 @@ def explained(run: Run):
 
 def new_folder(logdir: str, name: str | None, resumed: bool) -> Path:
     """Create and return the folder of a run; a second run of one name gets `-2` behind it."""
-    name, attempt = name or time.strftime("%Y-%m-%d_%H-%M-%S"), 1
-    while True:
+    name = name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in itertools.count(1):
         folder = Path(logdir).resolve() / (name if attempt == 1 else f"{name}-{attempt}")
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True, exist_ok=resumed)
             return folder
-        attempt += 1
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -834,7 +834,7 @@ def main(argv: list[str] | None = None) -> None:
 def fit(run: Run, log: Log, signals: Signals, say) -> None:
     """Train and validate `run` up to its last epoch, saving after each and when interrupted."""
     args, signals.at_once = run.args, False
-    ckpt = "" if args.ckpt == DEFAULTS["ckpt"] else f" --ckpt {args.ckpt}"
+    ckpt = "" if args.ckpt == DEFAULTS["ckpt"] else f" --ckpt {shlex.quote(args.ckpt)}"
     try:
         while run.epoch < args.epochs:
             row = run.run_epoch(signals.watch)
@@ -855,8 +855,8 @@ def fit(run: Run, log: Log, signals: Signals, say) -> None:
     log.end()
     best = run.best
     say(f"best: epoch {best['epoch']}, valid accuracy {best['valid_accuracy']:.2f} %, saved in {args.ckpt}")
-    say(f"next: python test.py --ckpt {args.ckpt}")
-    say(f"      tensorboard --logdir {os.path.relpath(args.logdir)}")
+    say(f"next: python test.py --ckpt {shlex.quote(args.ckpt)}")
+    say(f"      tensorboard --logdir {shlex.quote(os.path.relpath(args.logdir))}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from commands import one_line, run
+from commands import ROOT, one_line, run, shell
 from PIL import Image
 
 import data
@@ -78,6 +78,8 @@ def refuse(program: str, *argv, folder: Path, status: int = 1) -> str:
         ("--resume=", 2, "--resume"),
         ("--resume nowhere.last.pth", 1, "nowhere.last.pth"),
         ("--resume nowhere.last.pth --ckpt other.pth", 2, "other.pth"),
+        ("--resume nowhere.last.pth --ckpt ./nowhere.pth", 1, "nowhere.last.pth"),
+        ("--resume .last", 2, "--resume"),
     ],
 )
 def test_a_bad_argument_is_refused(flags, photos, tmp_path, argument, status, words):
@@ -96,6 +98,19 @@ def test_a_bad_argument_is_refused(flags, photos, tmp_path, argument, status, wo
 def test_a_device_that_is_not_there_is_refused(flags, trained, tmp_path, program):
     argv = flags if program == "train" else ["--ckpt", trained / "alexnet.pth"]
     assert "try --device cpu" in refuse(program, *argv, "--device", "cuda", folder=tmp_path)
+
+
+def test_help_survives_a_percent_sign_in_a_default(tmp_path):
+    helped = shell(
+        ROOT / "train.py", "--help", folder=tmp_path, XDG_CACHE_HOME="/100%/cache", LOCALAPPDATA="/100%/cache"
+    )
+    assert helped.returncode == 0
+    assert "--cache" in helped.stdout
+
+
+def test_pictures_from_another_program_need_no_data_set(trained, tmp_path):
+    argv = ["--ckpt", trained / "alexnet.pth", "--images", "a.jpg", "--data", "test"]
+    assert "--data" in refuse("test", *argv, folder=tmp_path, status=2)
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -297,10 +312,11 @@ def test_pictures_of_many_kinds_train(argv, album, here):
     assert names < {name for part in split.values() for name in part}
 
 
-def test_sixteen_bits_do_not_saturate(tmp_path):
-    levels = numpy.repeat(numpy.array([[0, 16384, 32768, 65535]], dtype=numpy.uint16), 4, 0)
-    Image.fromarray(numpy.kron(levels, numpy.ones((40, 40), numpy.uint16))).save(tmp_path / "grey.png")
-    middle = data.decode(tmp_path / "grey.png")[112, 28::56, 0]
+@pytest.mark.parametrize(("name", "order"), [("grey.png", "<"), ("grey.tif", ">")])
+def test_sixteen_bits_do_not_saturate(tmp_path, name, order):
+    levels = numpy.array([0, 16384, 32768, 65535]).repeat(40) * numpy.ones((160, 1))
+    Image.fromarray(levels.astype(f"{order}u2")).save(tmp_path / name)
+    middle = data.decode(tmp_path / name)[112, 28::56, 0]
     assert middle.tolist() == [0, 64, 128, 255]
 
 
@@ -359,7 +375,8 @@ def test_what_is_no_picture_is_ignored(argv, album, here):
         (album / name).write_text("no picture")
     for name in (".hidden", "empty", "BACKGROUND_Google"):
         (album / name).mkdir()
-    for name in (".hidden", "BACKGROUND_Google"):
+    (album / "star" / ".thumbnails").mkdir()
+    for name in (".hidden", "BACKGROUND_Google", "star/.thumbnails"):
         shutil.copy(next((album / "star").glob("image*.jpg")), album / name)
     run("train", *argv, folder=here)
     assert len(used(here)) == 80

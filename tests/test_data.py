@@ -174,6 +174,12 @@ def test_missing_default_folder_is_downloaded_once(server, tmp_path):
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["caltech101"]
 
 
+@pytest.mark.parametrize("name", ["caltech101", "caltech-101", "other"])
+def test_a_folder_without_pictures_is_not_taken_for_the_data_set(server, tmp_path, name):
+    (tmp_path / "data" / name / "empty").mkdir(parents=True)
+    assert len(data.scan(data.locate("data", ""))[0]) == 80
+
+
 def test_damaged_download_is_refused_and_the_next_try_mends_it(server, tmp_path):
     archive = server["archive"].read_bytes()
     server["archive"].write_bytes(archive[: len(archive) // 2])

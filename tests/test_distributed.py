@@ -13,6 +13,9 @@ import pytest
 import torch
 from commands import thorough
 
+import model
+import train
+
 NARROW = Path(__file__).with_name("narrow.py")
 WORDS = "train.py: "  # every message of the program begins so; torchrun's own lines do not
 
@@ -177,3 +180,12 @@ def test_a_data_error_is_reported_once_and_ends_all_processes(odd_photos, odd_fl
     (folder / "101_ObjectCategories" / "bar" / "image_0001.jpg").write_bytes(b"no picture")
     result = torchrun("train", *odd_flags, "--data", folder, folder=tmp_path, status=1)
     assert [line for line in messages(result) if "image_0001.jpg" in line] == messages(result)[:1]
+
+
+def test_a_new_run_replaces_whatever_lies_where_it_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "job", lambda: "new")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "alexnet.last.pth").write_bytes(b"damaged")
+    assert train.parse([])[1] is None
+    with pytest.raises(model.CheckpointError):
+        train.parse(["--resume"])

@@ -121,6 +121,13 @@ def fill_disk_and_stop() -> None:
     send(signal.SIGTERM)
 
 
+def close_output() -> None:
+    """Let nobody read what the process prints from now on, as `| head -1` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+
+
 def run_out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nAnd more lines.")
 
@@ -421,6 +428,11 @@ def test_a_log_folder_that_fails_is_one_line(flags, tmp_path, before):
     failed = run("train", *argv, folder=tmp_path, before=before, status=1)
     assert "the log can't be written" in one_line(failed)
     assert not leftovers(tmp_path)
+
+
+def test_output_that_nobody_reads_is_not_blamed_on_the_log(flags, tmp_path):
+    before = partial(after_step, 3, close_output)
+    assert "output: Broken pipe" in one_line(run("train", *flags, folder=tmp_path, before=before, status=1))
 
 
 def test_a_log_folder_that_is_a_file_is_one_line(flags, tmp_path):

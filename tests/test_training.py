@@ -84,7 +84,7 @@ def test_averaged_weights_follow_the_recurrence(run):
         trained.train_step(*trained.inputs(rows[step : step + 8], uniforms), 8)
         now = weight.detach().clone()
         expected = now if expected is None else 0.75 * expected + 0.25 * now
-    torch.testing.assert_close(trained.result.classifier[-1].bias.detach(), expected)
+    torch.testing.assert_close(trained.evaluated.classifier[-1].bias.detach(), expected)
     assert not torch.equal(expected, now)
 
 
