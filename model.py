@@ -102,10 +102,10 @@ def whiten(layer: nn.Conv2d, images: torch.Tensor) -> None:
 
     Those are half of them, the principal components of the patches that the layer sees; the others
     are their negatives, so that ReLU loses nothing. airbench (https://arxiv.org/abs/2404.00498)
-    starts so, with smaller patches.
-    Random filters nearly all see the same, a patch's mean colour, for it has most of the variance.
+    starts so, with smaller patches. Random filters nearly all see the same, a patch's mean colour,
+    for it has most of the variance.
     """
-    # a sample of the patches, here every 7th place, is enough
+    # a sample of the patches, every 7th place: the layer's own stride would give many more, much alike
     patches = F.unfold(images, layer.kernel_size, stride=7).movedim(1, 2).flatten(0, 1)  # (N, 3 * 11 * 11)
     variances, directions = torch.linalg.eigh(patches.T.double().cov())  # from small to large
     filters = (directions / (variances + 0.1).sqrt()).T.flip(0)[: layer.out_channels // 2]  # 0.1 bounds noise
