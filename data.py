@@ -105,7 +105,7 @@ def download(folder: Path) -> Path:
         final.mkdir(exist_ok=True)
         os.replace(partial / "caltech101" / "101_ObjectCategories", final / "101_ObjectCategories")
         shutil.rmtree(partial)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # connections and archives that break off raise almost anything
         raise DataError(
             f"Caltech101 could not be downloaded ({error}); try again, or unpack caltech-101.zip from "
             f"https://data.caltech.edu/records/mzrjq-6wc02, and 101_ObjectCategories.tar.gz in it, in {folder}, "
@@ -220,7 +220,7 @@ def digest(value: object) -> str:
 
 
 def decode(file: str | Path | io.BytesIO) -> torch.Tensor:
-    """Return a picture of any kind that Pillow reads as uint8 (SIZE, SIZE, 3).
+    """Return a picture of any kind that Pillow reads, but floating point, as uint8 (SIZE, SIZE, 3).
 
     It is turned upright by its EXIF tag and made RGB. Both sides are resized to SIZE, so the aspect
     ratio is not kept: the report's choice. Pillow raises almost anything on a damaged file.
@@ -228,6 +228,8 @@ def decode(file: str | Path | io.BytesIO) -> torch.Tensor:
     with Image.open(file) as image:
         image.draft("RGB", (SIZE, SIZE))  # lets the JPEG decoder drop detail of a far larger picture
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("floating point: nothing says which value is white")
         if image.mode.startswith("I"):  # 16 bits a pixel: convert() would cut, not scale
             image = Image.fromarray((pil_to_tensor(image.convert("I"))[0] >> 8).clamp(0, 255).byte().numpy())
         elif "transparency" in image.info:

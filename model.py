@@ -8,6 +8,7 @@ network = build(load("alexnet.pth"))
 """
 
 import contextlib
+import glob
 import os
 import tempfile
 import zipfile
@@ -116,19 +117,42 @@ def whiten(layer: nn.Conv2d, images: torch.Tensor) -> None:
 def replacing(path: str | Path, mode: str = "wb", **options):
     """Open a temporary file that takes `path`'s place when the block ends well.
 
-    Whatever happens and whenever, `path` holds either its old content or the whole new one.
+    Whatever happens and whenever, `path` holds either its old content or the whole new one. A link
+    stays, and the file that it leads to is replaced; a device or a pipe is written to.
     """
-    temporary = f"{path}.tmp"
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, mode, **options) as file:
+            yield file
+        return
+    path = os.path.realpath(path)
+    remove_leftovers(path)
+    temporary = f"{path}.{os.getpid()}.tmp"  # no other process's
     try:
         with open(temporary, mode, **options) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave the new name without its content
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename = path
         raise
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what processes that were killed while they wrote `path` have left beside it."""
+    for temporary in glob.glob(f"{glob.escape(str(path))}.*.tmp"):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(temporary.split(".")[-2])
+            try:
+                if os.name != "nt":  # there kill() would be one, and an open file can't be removed
+                    os.kill(pid, 0)  # passes if that process lives
+                    continue
+            except ProcessLookupError:
+                pass
+            os.unlink(temporary)
 
 
 def save(checkpoint: dict, path: str | Path) -> None:
@@ -154,12 +178,12 @@ def check_writable(path: str | Path, size: int) -> None:
     Raises:
         CheckpointError: they can't.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     try:
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
+        if path.exists() and not path.is_file():
+            raise OSError(0, "it is a folder" if path.is_dir() else "it is a device")
         path.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{path}.tmp").unlink(missing_ok=True)  # left by a process that was killed
+        remove_leftovers(path)
         with tempfile.TemporaryFile(dir=path.parent) as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)

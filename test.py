@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+import train
 from data import SUFFIXES, DataError, ImageStore, layout, prepare, split, try_decode
 from model import CheckpointError, build, load, replacing
 from train import DEFAULTS, RECIPES, Compute, Parser, add_flag, evaluate, number, printable, run_cli, score, set_up
@@ -36,7 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ckpt", default=DEFAULTS["ckpt"], help="checkpoint to test (default: %(default)s)")
     add("--split", choices=["test", "valid", "train"], default="test", help="(default: %(default)s)")
     add("--data", help="as for train.py (default: where it was trained)")
-    add("--cache", help="folder for the decoded images (default: the training's)")
+    add("--cache", type=train.TEXT, help="folder for the decoded images (default: the training's)")
     add("--json", nargs="?", const="-", metavar="FILE", help="write the figures to FILE (without: print them)")
     add("--predictions", metavar="FILE", help="write a CSV row for each image")
     add("--flip", action="store_true", help="also report the mean over each picture and its mirror image")
@@ -44,13 +46,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--images", nargs="+", metavar="PATH", help="name these pictures, or those in these folders; no data set")
     add_flag(parser, "device")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the training's)")
-    add("--logdir", help="write events under this folder (default: where the run's are)")
+    add("--logdir", type=train.TEXT, help="write events under this folder (default: where the run's are)")
     add("--seed", type=number(int, 0, 2**32), default=0, help="for a bare state_dict: the split's seed (default: 0)")
     add("--stride", type=int, choices=[2, 4], default=2, help="for a bare state_dict: the network's (default: 2)")
     args = parser.parse_args(argv)
     for name in ("data", "cache", "split", "flip", "versus", "predictions", "logdir"):
         if args.images and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} needs the data set, which --images leaves alone; give one of the two")
+    for name in ("json", "predictions"):  # before the work
+        target = Path(getattr(args, name) or "-")
+        if target.is_dir() or not os.access(target.parent, os.W_OK):
+            parser.error(f"--{name} {target}: can't be written there; make the folder or give another file")
     return args
 
 
@@ -138,12 +144,6 @@ def summary(result: dict, other: str | None) -> str:
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def table(header: list[str], rows: list[list]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def confusion_picture(matrix: torch.Tensor, classes: list[str]) -> torch.Tensor:
     """Draw a confusion matrix (true, predicted) of counts, its rows normalised, as uint8 (3, H, W)."""
     cell = 10 if len(classes) > 40 else 24
@@ -226,10 +226,10 @@ def log_analysis(writer: SummaryWriter, result: dict, logits, labels, paths: lis
         writer.add_image("worst_mistakes", captioned_grid(pictures, captions), step)
     confused = Counter(pair for pair in zip(labels.tolist(), predicted.tolist(), strict=True) if pair[0] != pair[1])
     pairs = [[classes[true], classes[guess], count] for (true, guess), count in confused.most_common(20)]
-    writer.add_text("most_confused", table(["true", "predicted", "images"], pairs), step)
+    writer.add_text("most_confused", train.table(["true", "predicted", "images"], pairs), step)
     ranked = sorted((entry["accuracy"], label) for label, entry in enumerate(result["classes"]) if entry["images"])
     lines = [[classes[label], result["classes"][label]["images"], f"{accuracy:.1f}"] for accuracy, label in ranked]
-    writer.add_text("classes", table(["class, worst first", "images", "accuracy, %"], lines), step)
+    writer.add_text("classes", train.table(["class, worst first", "images", "accuracy, %"], lines), step)
     for _, label in ranked[:5]:
         writer.add_pr_curve(f"precision_recall/{classes[label]}", labels == label, probabilities[:, label], step)
 
@@ -243,7 +243,10 @@ def predict(args: argparse.Namespace, checkpoint: dict, network: torch.nn.Module
     classes = checkpoint.get("classes", [f"class {label}" for label in range(count)])
     answers = []
     for path in map(Path, args.images):
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        inside = [path]
+        if path.is_dir():
+            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+            inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         answers += [name_picture(file, classes, network, size, compute) for file in inside]
         if not inside:
             answers.append({"path": str(path), "error": "no pictures in this folder"})
@@ -346,6 +349,10 @@ def main(argv: list[str] | None = None) -> None:
     paths = (checkpoint["split"] if "split" in checkpoint else split(store.paths, args.seed))[args.split]
     rows = store.rows(paths)
     labels = store.labels.cpu()[rows]
+    if compute.rank == 0 and checkpoint.get("fingerprint", store.fingerprint) != store.fingerprint:
+        print(
+            f"test.py: {store.root}: images have changed since the training, which may have seen these", file=sys.stderr
+        )
 
     logits = evaluate(network, store, rows, trained["test_size"], compute)
     result = {"split": args.split, **figures(logits, labels, store.classes)}
@@ -361,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
             write_predictions(args.predictions, logits, labels, store.classes, paths)
         if args.split == "test":
             run = Path(checkpoint.get("run", Path("runs", Path(args.ckpt).stem)))
-            if args.logdir or not run.is_dir():  # moved, or trained elsewhere
+            if args.logdir or not os.access(run, os.W_OK):  # moved, or trained elsewhere or by another user
                 run = Path(args.logdir or "runs", run.name)
             step = checkpoint.get("epoch", 0)
             with SummaryWriter(run / "test", purge_step=step) as writer:

@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +125,7 @@ def matching(pattern: str, meaning: str):
     return parse
 
 
+TEXT = matching("[^\ud800-\udfff]*", "text that UTF-8 can hold")  # which torch and TensorBoard need
 NAMES, PIXELS = "|".join(data.AUGMENTATIONS), r"(6[4-9]|[7-9]\d|[1-4]\d\d)"
 FLAGS = {  # by group: the type or the choices, the default unless recipes give it, the help
     "experiment": {
@@ -152,7 +154,7 @@ FLAGS = {  # by group: the type or the choices, the default unless recipes give 
     "data": {
         "data": (str, data.DEFAULT_DATA, "folder that holds 101_ObjectCategories, or any folder of "
                  "class folders, or 'sample' to have a small one drawn; the default is downloaded if missing"),
-        "cache": (str, data.default_cache(), "folder for the decoded images"),
+        "cache": (TEXT, data.default_cache(), "folder for the decoded images"),
         "skip_bad_images": (bool, False, "go on without the images that can't be read"),
     },
     "machine": {
@@ -167,8 +169,8 @@ FLAGS = {  # by group: the type or the choices, the default unless recipes give 
         "ckpt": (str, "alexnet.pth", "best checkpoint; NAME.last.pth beside it holds what --resume needs"),
         "resume": (str, False, "go on with --ckpt's run or that of the given NAME.last.pth, with its arguments; "
                    "of these, --epochs, --data, --cache, --device and --logdir may be changed"),
-        "logdir": (str, "runs", "folder of the runs that TensorBoard shows"),
-        "name": (str, None, "of the run (default: date and time)"),
+        "logdir": (TEXT, "runs", "folder of the runs that TensorBoard shows"),
+        "name": (TEXT, None, "of the run (default: date and time)"),
     },
 }  # fmt: skip
 DEFAULTS = {name: default for flags in FLAGS.values() for name, (_, default, _) in flags.items()}
@@ -208,11 +210,15 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     args = DEFAULTS | RECIPES[given.get("recipe", DEFAULTS["recipe"])] | given
     resume, checkpoint = args["resume"], None
     for name in ("ckpt", "resume"):
-        if isinstance(args[name], str) and not Path(args[name]).stem.removesuffix(".last").strip("."):
+        if isinstance(args[name], str) and (
+            args[name].endswith(("/", os.sep)) or not Path(args[name]).stem.removesuffix(".last").strip(".")
+        ):
             parser.error(f"--{name} {args[name]!r} names no file")
     if isinstance(resume, str):
-        args["ckpt"] = str(Path(resume).with_name(Path(resume).stem.removesuffix(".last") + Path(resume).suffix))
-        if Path(given.get("ckpt", args["ckpt"])) != Path(args["ckpt"]):
+        path = Path(resume)
+        name = path.stem if path.suffix == ".last" else path.stem.removesuffix(".last") + path.suffix
+        args["ckpt"] = str(path.with_name(name))
+        if os.path.abspath(given.get("ckpt", args["ckpt"])) != os.path.abspath(args["ckpt"]):
             parser.error(f"--ckpt {given['ckpt']} contradicts --resume {resume}, which goes with {args['ckpt']}")
     last = last_path(args["ckpt"])
     if resume:
@@ -255,7 +261,8 @@ def out_of_memory(error: Exception) -> bool:
 def run_cli(main) -> None:
     """Run `main()`: what a user can mend ends as one line on standard error and an exit status."""
     threading.excepthook = lambda _: None  # TensorBoard's writers raise again in this thread
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # a file's name may be no text
+    if sys.stdout:  # it may be closed
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # a file's name may be no text
     rank, status = os.environ.get("RANK", "0"), 1
     try:
         main()
@@ -519,6 +526,9 @@ class Run:
         with self.compute.autocast():
             logits = self.replica(inputs)
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.args.label_smoothing)
+            shown = loss.detach()
+            if self.args.label_smoothing:  # as in validation, to be compared with it
+                shown = F.cross_entropy(logits.detach(), labels, reduction="sum")
         self.optimizer.zero_grad()
         # DDP averages over processes: so the gradient is that of the mean over the whole batch
         self.scaler.scale(loss * (self.compute.size / images)).backward()
@@ -527,7 +537,7 @@ class Run:
         if self.averaged:
             self.averaged.update_parameters(self.network)
         hits = (logits.detach().argmax(1) == labels).sum()
-        self.sums += torch.stack([loss.detach(), hits, torch.full_like(hits, len(labels))])
+        self.sums += torch.stack([shown, hits, torch.full_like(hits, len(labels))])
 
     def epoch_plan(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return this epoch's rows of the store in their order, and each picture's random numbers."""
@@ -623,6 +633,15 @@ class Run:
         weights = {name: tensor.cpu() for name, tensor in self.evaluated.state_dict().items()}
         self._save({"state_dict": weights}, self.args.ckpt)
 
+    def best_is_saved(self) -> bool:
+        """Tell whether `--ckpt` holds the best epoch: it may be lost, or another run's by now."""
+        try:
+            found = load(self.args.ckpt)
+        except CheckpointError:
+            return False
+        best = (self.manifest, self.best["epoch"], self.best["valid_accuracy"])
+        return tuple(found.get(name) for name in ("split", "epoch", "valid_accuracy")) == best
+
     def save_last(self) -> None:
         """Write all that continues this run beside `--ckpt`; every process calls it.
 
@@ -640,7 +659,6 @@ class Run:
             "sums": sums,
             "seconds": self.seconds,
             "history": self.history,
-            "fingerprint": self.store.fingerprint,
             "job": job(),
         }
         self._save(state, last_path(self.args.ckpt))
@@ -655,6 +673,7 @@ class Run:
                 "valid_accuracy": self.best["valid_accuracy"] if self.best else None,
                 "args": vars(self.args),
                 "versions": VERSIONS,
+                "fingerprint": self.store.fingerprint,
                 "run": str(self.folder),
                 "split": self.manifest,
             }
@@ -724,8 +743,7 @@ class Log:
             **VERSIONS,
             **vars(run.args),
         }
-        lines = [f"| {name} | {printable(value)} |" for name, value in facts.items()]
-        self.train.add_text("run", "\n".join(["| | |", "|---|---|", *lines]), 0)
+        self.train.add_text("run", table(["", ""], facts.items()), 0)
 
     def epoch(self, row: dict) -> None:
         """Log a completed epoch, and see to it that the files hold it before a checkpoint does."""
@@ -739,9 +757,9 @@ class Log:
             writer.add_scalar("accuracy", row[f"{name}_accuracy"], step)
             writer.flush()
         with replacing(self.run.folder / "history.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, row)
-            table.writeheader()
-            table.writerows(self.run.history)
+            writer = csv.DictWriter(file, row)
+            writer.writeheader()
+            writer.writerows(self.run.history)
 
     def end(self) -> None:
         """Log the arguments beside the last epoch's figures, for the HPARAMS tab."""
@@ -751,6 +769,13 @@ class Log:
             self.valid.file_writer.add_summary(summary)
         self.train.close()
         self.valid.close()
+
+
+def table(header: list[str], rows: Iterable[Iterable]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    cells = ([printable(cell).replace("|", r"\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def printable(value: object) -> str:
@@ -812,27 +837,30 @@ def main(argv: list[str] | None = None) -> None:
         check_writable(args.ckpt, run.bytes_to_write())
         name = Path(checkpoint["run"]).name if checkpoint else args.name
         run.folder = new_folder(args.logdir, name, bool(checkpoint))
+    earlier = []
     if checkpoint:
         run.restore(checkpoint)
         del checkpoint  # as large as the run itself
-        if run.best and not Path(args.ckpt).exists():
-            say(f"{args.ckpt}, the best of epochs 1 to {run.epoch}, is missing: only a better epoch will write it anew")
-    elif last_path(args.ckpt).exists():
-        say(
-            f"{last_path(args.ckpt)} is an earlier run's, and replaced after an epoch; --resume goes on with it instead"
-        )
+        if run.best and compute.rank == 0 and not run.best_is_saved():
+            say(f"{args.ckpt}: not the best of epochs 1 to {run.epoch}, which only a better epoch will replace")
+    elif earlier := [str(path) for path in (Path(args.ckpt), last_path(args.ckpt)) if path.exists()]:
+        say(f"{' and '.join(earlier)}: an earlier run's, replaced after an epoch; another --ckpt spares it")
     say(f"{len(run.rows['train'])} training images, {len(store.classes)} classes, {device_title(compute.device)}")
     with explained(run):
         log = Log(run) if compute.rank == 0 else Silent()
         if not run.epoch and not run.step:
-            log.start(" ".join(["python", *sys.argv]))
+            log.start(shlex.join(["python", *sys.argv]))
         if args.compile:  # in place; not before the graph is traced
             run.network.compile()
-        fit(run, log, signals, say)
+        fit(run, log, signals, say, earlier)
 
 
-def fit(run: Run, log: Log, signals: Signals, say) -> None:
-    """Train and validate `run` up to its last epoch, saving after each and when interrupted."""
+def fit(run: Run, log: Log, signals: Signals, say, earlier: list[str]) -> None:
+    """Train and validate `run` up to its last epoch, saving after each and when interrupted.
+
+    Args:
+        earlier: the checkpoints of an earlier run, which an epoch is worth replacing but less is not.
+    """
     args, signals.at_once = run.args, False
     ckpt = "" if args.ckpt == DEFAULTS["ckpt"] else f" --ckpt {shlex.quote(args.ckpt)}"
     try:
@@ -850,11 +878,14 @@ def fit(run: Run, log: Log, signals: Signals, say) -> None:
                 f"  {row['seconds']:.1f} s{'  best' if row is run.best else ''}"
             )
     except Interrupted as stop:
+        if run.compute.max(len(earlier)) and not run.epoch:
+            raise Interrupted(stop.signum, f"{' and '.join(earlier)} not yet replaced") from None
         run.save_last()
         raise Interrupted(stop.signum, f"go on with: python train.py --resume{ckpt}") from None
     log.end()
     best = run.best
-    say(f"best: epoch {best['epoch']}, valid accuracy {best['valid_accuracy']:.2f} %, saved in {args.ckpt}")
+    saved = "saved in" if run.compute.rank or run.best_is_saved() else "no longer in"
+    say(f"best: epoch {best['epoch']}, valid accuracy {best['valid_accuracy']:.2f} %, {saved} {args.ckpt}")
     say(f"next: python test.py --ckpt {shlex.quote(args.ckpt)}")
     say(f"      tensorboard --logdir {shlex.quote(os.path.relpath(args.logdir))}")
 

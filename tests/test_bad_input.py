@@ -73,6 +73,9 @@ def refuse(program: str, *argv, folder: Path, status: int = 1) -> str:
         ("--ckpt empty", 1, "it is a folder"),
         ("--ckpt .", 2, "--ckpt"),
         ("--ckpt=", 2, "--ckpt"),
+        ("--ckpt new/", 2, "--ckpt"),
+        ("--cache c\udcff", 2, "--cache"),
+        ("--name n\udcff", 2, "--name"),
         ("--ckpt file.txt/alexnet.pth", 1, "file.txt"),
         ("--resume", 1, "alexnet.last.pth"),
         ("--resume=", 2, "--resume"),
@@ -94,6 +97,16 @@ def test_a_bad_argument_is_refused(flags, photos, tmp_path, argument, status, wo
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [("--json folder", "--json folder"), ("--predictions none/x.csv", "none/x.csv"), ("--logdir l\udcff", "--logdir")],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(trained, tmp_path, argument, words):
+    (tmp_path / "folder").mkdir()
+    refused = refuse("test", "--ckpt", trained / "alexnet.pth", *argument.split(), folder=tmp_path, status=2)
+    assert words in refused
+
+
 @pytest.mark.parametrize("program", ["train", "test"])
 def test_a_device_that_is_not_there_is_refused(flags, trained, tmp_path, program):
     argv = flags if program == "train" else ["--ckpt", trained / "alexnet.pth"]
@@ -318,6 +331,11 @@ def test_sixteen_bits_do_not_saturate(tmp_path, name, order):
     Image.fromarray(levels.astype(f"{order}u2")).save(tmp_path / name)
     middle = data.decode(tmp_path / name)[112, 28::56, 0]
     assert middle.tolist() == [0, 64, 128, 255]
+
+
+def test_a_floating_point_picture_is_refused_rather_than_black(tmp_path):
+    Image.fromarray(numpy.full((8, 8), 0.5, "f4")).save(tmp_path / "f.tif")
+    assert data.try_decode(tmp_path / "f.tif")[1] == 0
 
 
 def test_exif_turns_a_picture_upright(tmp_path):

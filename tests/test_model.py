@@ -1,5 +1,7 @@
 """The network and its checkpoint file."""
 
+import os
+
 import pytest
 import torch
 import torchvision
@@ -76,6 +78,32 @@ def test_build_returns_the_saved_network(tmp_path, monkeypatch):
     images = torch.rand(1, 3, 64, 64)
     assert torch.equal(network(images), again(images))
     assert not again.training
+
+
+def test_two_processes_may_save_at_once(tmp_path):
+    path = tmp_path / "net.pth"
+    other = tmp_path / f"net.pth.{os.getppid()}.tmp"  # of a process that lives
+    for leftover in (other, tmp_path / "net.pth.999999999.tmp"):
+        leftover.touch()
+    model.check_writable(path, 1000)
+    model.save({"step": 1}, path)
+    assert sorted(tmp_path.iterdir()) == [path, other]
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
+    (tmp_path / "large").mkdir()
+    link = tmp_path / "net.pth"
+    link.symlink_to("large/net.pth")
+    model.save({"step": 1}, link)
+    assert link.is_symlink()
+    assert torch.load(tmp_path / "large" / "net.pth") == {"step": 1}
+    reading, writing = os.pipe()
+    with model.replacing(f"/dev/fd/{writing}") as file:
+        file.write(b"figures")
+    assert os.read(reading, 100) == b"figures"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(model.CheckpointError, match="it is a device"):
+        model.check_writable(tmp_path / "pipe", 1000)
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):

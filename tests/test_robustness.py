@@ -258,6 +258,15 @@ def test_an_interruption_before_a_resumed_run_trains_keeps_its_checkpoint(copy):
     assert contents(copy) == kept
 
 
+def test_an_earlier_runs_checkpoints_outlive_less_than_an_epoch(copy, flags):
+    kept, before = contents(copy), partial(after_step, 3, send, signal.SIGINT)
+    stopped = run("train", *flags, "--seed", 1, "--epochs", 3, folder=copy, before=before, status=130)
+    assert "alexnet.pth and alexnet.last.pth: an earlier run's" in stopped.stdout
+    assert "not yet replaced" in one_line(stopped)
+    assert contents(copy) == kept
+    run("train", "--resume", folder=copy)
+
+
 def test_a_second_ctrl_c_ends_the_program_at_once(flags, tmp_path):
     run("train", *flags, folder=tmp_path, before=partial(after_step, 3, interrupt_twice), status=130)
     assert not list(tmp_path.glob("*.pth"))
@@ -307,6 +316,25 @@ def test_resuming_a_finished_run_changes_nothing(copy):
 def test_an_argument_that_contradicts_the_run_is_refused_by_name(trained, argument):
     refused = run("train", "--resume", *argument.split(), folder=trained, status=2)
     assert argument in one_line(refused)
+
+
+@pytest.mark.parametrize("resume", ["net.last", "net"])
+def test_a_checkpoint_may_lack_a_suffix(copy, resume):
+    (copy / "alexnet.pth").rename(copy / "net")
+    (copy / "alexnet.last.pth").rename(copy / "net.last")
+    resumed = run("train", "--resume", resume, "--ckpt", copy / "net", folder=copy)
+    assert f"saved in {copy / 'net'}" in resumed.stdout
+
+
+@pytest.mark.parametrize("state", ["lost", "another run's"])
+def test_a_best_checkpoint_that_is_not_the_runs_is_not_called_so(copy, flags, state):
+    (copy / "alexnet.pth").unlink()
+    if state != "lost":
+        run("train", *flags, "--seed", 1, "--epochs", 1, "--ckpt", "other.pth", folder=copy)
+        (copy / "other.pth").rename(copy / "alexnet.pth")
+    resumed = run("train", "--resume", folder=copy)
+    assert "not the best of epochs 1 to 3" in resumed.stdout
+    assert "no longer in alexnet.pth" in resumed.stdout
 
 
 def test_repeated_arguments_are_accepted(copy, flags):

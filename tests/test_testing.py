@@ -134,6 +134,15 @@ def test_data_may_have_moved(tested, photos, tmp_path):
     assert json.loads((folder / "moved.json").read_text())["accuracy"] == result["accuracy"]
 
 
+def test_pictures_that_changed_since_training_are_noticed(tested, photos, tmp_path):
+    _, _, folder = tested
+    copy = shutil.copytree(photos, tmp_path / "changed")
+    first, second, *_ = sorted(copy.rglob("*.jpg"))
+    shutil.copy(second, first)
+    argv = ["--data", copy, "--cache", tmp_path / "cache", "--logdir", tmp_path]
+    assert "images have changed since" in commands.run("test", *argv, folder=folder).stderr
+
+
 # ---------------------------------------------------------------------------------------- prediction
 
 
@@ -157,6 +166,15 @@ def test_images_are_named_with_the_preprocessing_of_testing_and_bad_ones_do_not_
     assert printed.splitlines()[1].split()[2] == row["predicted_class"]
 
 
+def test_hidden_files_in_a_folder_of_pictures_are_passed_over(trained, photos, tmp_path):
+    folder = shutil.copytree(photos / "101_ObjectCategories" / "star", tmp_path / "pictures")
+    (folder / "._image_0001.jpg").write_text("of another system")
+    (folder / "folder.jpg").mkdir()
+    shutil.copytree(photos / "101_ObjectCategories" / "star", folder / ".thumbnails")
+    argv = ["--ckpt", trained / "alexnet.pth", "--images", folder, "--json"]
+    assert len(json.loads(commands.run("test", *argv, folder=tmp_path).stdout)) == 8
+
+
 def test_images_need_no_data_set(trained, photos, tmp_path):
     shutil.copy(trained / "alexnet.pth", tmp_path)
     shutil.copy(photos / "101_ObjectCategories" / "star" / "image_0001.jpg", tmp_path)
@@ -173,6 +191,10 @@ def forget_data():
 
 
 # ------------------------------------------------------------------------------------------- drawing
+
+
+def test_a_bar_in_a_name_does_not_break_a_table():
+    assert train.table(["class", "images"], [["a|b", 1]]) == "| class | images |\n| --- | --- |\n| a\\|b | 1 |"
 
 
 @pytest.mark.parametrize("count", [3, 101])
