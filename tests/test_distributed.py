@@ -33,7 +33,7 @@ def torchrun(program, *argv, folder, options=(), status=0, **environment) -> sub
         start_new_session=True,  # Ctrl-C is for this process group
     )
     try:
-        out, err = process.communicate(timeout=90)
+        out, err = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)  # torchrun ends its workers, by force after a while
         process.communicate()
