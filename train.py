@@ -844,7 +844,8 @@ def main(argv: list[str] | None = None) -> None:
         if run.best and compute.rank == 0 and not run.best_is_saved():
             say(f"{args.ckpt}: not the best of epochs 1 to {run.epoch}, which only a better epoch will replace")
     elif earlier := [str(path) for path in (Path(args.ckpt), last_path(args.ckpt)) if path.exists()]:
-        say(f"{' and '.join(earlier)}: an earlier run's, replaced after an epoch; another --ckpt spares it")
+        advice = "--resume goes on with it, another --ckpt spares it"
+        say(f"{' and '.join(earlier)}: an earlier run's, replaced after an epoch; {advice}")
     say(f"{len(run.rows['train'])} training images, {len(store.classes)} classes, {device_title(compute.device)}")
     with explained(run):
         log = Log(run) if compute.rank == 0 else Silent()
