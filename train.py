@@ -125,6 +125,13 @@ def matching(pattern: str, meaning: str):
     return parse
 
 
+def file_name(text: str) -> str:
+    """Return `text` if it can be the name of a checkpoint, for argparse's `type`."""
+    if text.endswith(("/", os.sep)) or not Path(text).stem.removesuffix(".last").strip("."):
+        raise argparse.ArgumentTypeError(f"{text!r} names no file")
+    return text
+
+
 TEXT = matching("[^\ud800-\udfff]*", "text that UTF-8 can hold")  # which torch and TensorBoard need
 NAMES, PIXELS = "|".join(data.AUGMENTATIONS), r"(6[4-9]|[7-9]\d|[1-4]\d\d)"
 FLAGS = {  # by group: the type or the choices, the default unless recipes give it, the help
@@ -166,8 +173,8 @@ FLAGS = {  # by group: the type or the choices, the default unless recipes give 
         "bf16_gradients": (bool, False, "halve what several processes exchange"),
     },
     "output": {
-        "ckpt": (str, "alexnet.pth", "best checkpoint; NAME.last.pth beside it holds what --resume needs"),
-        "resume": (str, False, "go on with --ckpt's run or that of the given NAME.last.pth, with its arguments; "
+        "ckpt": (file_name, "alexnet.pth", "best checkpoint; NAME.last.pth beside it holds what --resume needs"),
+        "resume": (file_name, False, "go on with --ckpt's run or that of the given NAME.last.pth, with its arguments; "
                    "of these, --epochs, --data, --cache, --device and --logdir may be changed"),
         "logdir": (TEXT, "runs", "folder of the runs that TensorBoard shows"),
         "name": (TEXT, None, "of the run (default: date and time)"),
@@ -189,7 +196,7 @@ def add_flag(group, name: str) -> None:
     elif isinstance(kind, list):
         options = {"type": type(kind[0]), "choices": kind}
     elif name == "resume":
-        options = {"nargs": "?", "const": True, "metavar": "FILE"}
+        options |= {"nargs": "?", "const": True, "metavar": "FILE"}
     group.add_argument("--" + name.replace("_", "-"), help=text, **options)
 
 
@@ -197,6 +204,12 @@ def last_path(ckpt: str) -> Path:
     """Return where the resume checkpoint of `ckpt` lies: alexnet.pth -> alexnet.last.pth."""
     path = Path(ckpt)
     return path.with_name(f"{path.stem}.last{path.suffix}")
+
+
+def best_path(last: str) -> Path:
+    """Return whose resume checkpoint `last` is: alexnet.last.pth -> alexnet.pth, which may be given as well."""
+    path = Path(last)
+    return path.with_name(path.stem if path.suffix == ".last" else path.stem.removesuffix(".last") + path.suffix)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
@@ -209,15 +222,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     given = vars(parser.parse_args(argv))  # only what was given, so that it can be told from defaults
     args = DEFAULTS | RECIPES[given.get("recipe", DEFAULTS["recipe"])] | given
     resume, checkpoint = args["resume"], None
-    for name in ("ckpt", "resume"):
-        if isinstance(args[name], str) and (
-            args[name].endswith(("/", os.sep)) or not Path(args[name]).stem.removesuffix(".last").strip(".")
-        ):
-            parser.error(f"--{name} {args[name]!r} names no file")
     if isinstance(resume, str):
-        path = Path(resume)
-        name = path.stem if path.suffix == ".last" else path.stem.removesuffix(".last") + path.suffix
-        args["ckpt"] = str(path.with_name(name))
+        args["ckpt"] = str(best_path(resume))
         if os.path.abspath(given.get("ckpt", args["ckpt"])) != os.path.abspath(args["ckpt"]):
             parser.error(f"--ckpt {given['ckpt']} contradicts --resume {resume}, which goes with {args['ckpt']}")
     last = last_path(args["ckpt"])
