@@ -257,7 +257,7 @@ def decode_once(root: Path, paths: list[str], file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     for stale in file.parent.glob(f"{file.name.split('-')[0]}-*"):  # same folder, other content
-        if stale != temporary:
+        if stale not in (temporary, file):  # which another process may be writing, or have just finished
             with contextlib.suppress(OSError):  # Windows keeps a file that a process has mapped
                 stale.unlink()
     checksums = []

@@ -55,7 +55,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} needs the data set, which --images leaves alone; give one of the two")
     for name in ("json", "predictions"):  # before the work
         target = Path(getattr(args, name) or "-")
-        if target.is_dir() or not os.access(target.parent, os.W_OK):
+        place = target.parent if target.is_file() or not target.exists() else target  # a folder, device or pipe
+        if str(target) != "-" and (target.is_dir() or not os.access(place, os.W_OK)):
             parser.error(f"--{name} {target}: can't be written there; make the folder or give another file")
     return args
 
@@ -288,7 +289,7 @@ def write_predictions(target: str, logits: torch.Tensor, labels: torch.Tensor, c
     confidence, predicted = logits.softmax(1).max(1)
     losses = F.cross_entropy(logits, labels, reduction="none")
     columns = (paths, labels.tolist(), predicted.tolist(), confidence.tolist(), losses.tolist())
-    with replacing(target, "w", newline="", errors="surrogateescape") as file:
+    with replacing(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "true_class", "predicted_class", "confidence", "loss"])
         for path, true, guess, *numbers in zip(*columns, strict=True):
@@ -379,11 +380,13 @@ def compare(args, paths: list[str], hits: torch.Tensor, store, rows: torch.Tenso
     """Return `--versus`'s accuracy on the same images, the difference to ours, and its p-value.
 
     Raises:
-        DataError: the other checkpoint's images are others.
+        DataError: the other checkpoint's images or classes are others.
     """
     other = load(args.versus)
     if sorted(other.get("split", {}).get(args.split, [])) != sorted(paths):
         raise DataError(f"{args.versus}: its {args.split} split is not that of {args.ckpt}; nothing to compare")
+    if other.get("classes") != store.classes:  # else its labels would mean other things
+        raise DataError(f"{args.versus}: its classes are not those of {args.ckpt}; nothing to compare")
     network = build_from(args.versus, other, args.stride, compute)
     labels = store.labels.cpu()[rows]
     size = trained_with(other)["test_size"]

@@ -15,6 +15,8 @@ from PIL import Image
 
 import data
 import model
+import test
+import train
 
 
 def listing(folder: Path) -> dict[str, int]:
@@ -217,6 +219,21 @@ def test_checkpoints_of_different_splits_are_not_compared(trained, tmp_path):
     error = refuse("test", "--ckpt", trained / "alexnet.pth", "--versus", "other.pth", folder=tmp_path)
     assert "other.pth" in error
     assert "split" in error
+
+
+def test_checkpoints_of_different_classes_are_not_compared(trained, tmp_path):
+    checkpoint = model.load(trained / "alexnet.pth")
+    torch.save(checkpoint | {"classes": checkpoint["classes"][::-1]}, tmp_path / "other.pth")
+    error = refuse("test", "--ckpt", trained / "alexnet.pth", "--versus", "other.pth", folder=tmp_path)
+    assert "other.pth" in error
+    assert "classes" in error
+
+
+def test_only_a_file_that_is_asked_for_needs_a_folder_to_write_in(monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert test.parse(["--images", "cat.jpg", "--json"]).json == "-"
+    with pytest.raises(train.UsageError, match="can't be written there"):
+        test.parse(["--json", "figures.json"])
 
 
 def test_a_tested_image_that_is_gone_is_named(trained, photos, tmp_path):
