@@ -33,6 +33,8 @@ from torchvision.datasets import Caltech101
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
+from model import remove_leftovers, replacing
+
 DEFAULT_DATA = "data"  # where Caltech101 is downloaded to
 CALTECH101_IMAGES = 8677  # without BACKGROUND_Google, which is no class
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
@@ -247,46 +249,29 @@ def try_decode(path: Path) -> tuple[torch.Tensor, int]:
         return torch.zeros(SIZE, SIZE, 3, dtype=torch.uint8), 0
 
 
-def decode_once(root: Path, paths: list[str], file: Path) -> Path:
-    """Write the pictures under `root` to `file`, unless it is there: all pixels, then all checksums.
-
-    Two processes at once write the same bytes to the same places, so neither spoils the other's file.
-    """
+def decode_once(root: Path, paths: list[str], file: Path) -> None:
+    """Write the pictures under `root` to `file`, unless it is there: all pixels, then all checksums."""
     if file.exists() and file.stat().st_size == len(paths) * (SIZE * SIZE * 3 + 8):
-        return file
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    for stale in file.parent.glob(f"{file.name.split('-')[0]}-*"):  # same folder, other content
-        if stale not in (temporary, file):  # which another process may be writing, or have just finished
-            with contextlib.suppress(OSError):  # Windows keeps a file that a process has mapped
-                stale.unlink()
+    folder = file.name.split("-")[0]
+    remove_leftovers(file.with_name(folder))
+    for stale in {*file.parent.glob(f"{folder}-*.uint8")} - {file}:  # other content
+        with contextlib.suppress(OSError):  # Windows keeps a file that a process has mapped
+            stale.unlink()
     checksums = []
-    try:
-        temporary.touch()  # and not emptied: another process may be filling it
-        with (
-            open(temporary, "r+b") as out,
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            tqdm(total=len(paths), desc="decoding once", unit=" images", disable=None) as bar,
-        ):
-            for start in range(0, len(paths), 256):  # bounds what waits in memory to be written
-                chunk = [root / path for path in paths[start : start + 256]]
-                for pixels, checksum in pool.map(try_decode, chunk):
-                    out.write(pixels.numpy())
-                    checksums.append(checksum)
-                bar.update(len(chunk))
-            out.write(torch.tensor(checksums).numpy().tobytes())
-            out.flush()
-            os.fsync(out.fileno())
-            if not os.path.samestat(os.fstat(out.fileno()), os.stat(temporary)):
-                raise FileNotFoundError
-        os.replace(temporary, file)
-    except FileNotFoundError:  # another process has renamed or, interrupted, removed it
-        return decode_once(root, paths, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    return file
+    with (
+        replacing(file) as out,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(paths), desc="decoding once", unit=" images", disable=None) as bar,
+    ):
+        for start in range(0, len(paths), 256):  # bounds what waits in memory to be written
+            chunk = [root / path for path in paths[start : start + 256]]
+            for pixels, checksum in pool.map(try_decode, chunk):
+                out.write(pixels.numpy())
+                checksums.append(checksum)
+            bar.update(len(chunk))
+        out.write(torch.tensor(checksums).numpy().tobytes())
 
 
 class ImageStore:
@@ -321,9 +306,9 @@ class ImageStore:
         if len(self.classes) < 2:
             raise DataError(f"{self.root}: at least two class folders with images are needed")
         size = len(paths) * SIZE * SIZE * 3
-        name = f"{digest(os.path.realpath(self.root))}-{digest([SIZE, images])}.uint8"
+        file = Path(cache, f"{digest(os.path.realpath(self.root))}-{digest([SIZE, images])}.uint8")
         try:
-            file = decode_once(self.root, paths, Path(cache) / name)
+            decode_once(self.root, paths, file)
         except OSError as error:
             raise DataError(
                 f"{cache}: the decoded images ({size / 1e6:.0f} MB) can't be "

@@ -10,6 +10,7 @@ network = build(load("alexnet.pth"))
 import contextlib
 import glob
 import os
+import platform
 import tempfile
 import zipfile
 from pathlib import Path
@@ -126,7 +127,7 @@ def replacing(path: str | Path, mode: str = "wb", **options):
         return
     path = os.path.realpath(path)
     remove_leftovers(path)
-    temporary = f"{path}.{os.getpid()}.tmp"  # no other process's
+    temporary = f"{path}.{platform.node()}.{os.getpid()}.tmp"  # no other process's, on no other machine
     try:
         with open(temporary, mode, **options) as file:
             yield file
@@ -142,9 +143,9 @@ def replacing(path: str | Path, mode: str = "wb", **options):
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Remove what processes that were killed while they wrote `path` have left beside it."""
-    for temporary in glob.glob(f"{glob.escape(str(path))}.*.tmp"):
-        with contextlib.suppress(OSError, ValueError):
+    """Remove what processes of this machine that were killed while they wrote `path`, or a longer name, have left."""
+    for temporary in glob.glob(f"{glob.escape(str(path))}*.{glob.escape(platform.node())}.*.tmp"):
+        with contextlib.suppress(OSError, ValueError, OverflowError):  # a name without a process's number
             pid = int(temporary.split(".")[-2])
             try:
                 if os.name != "nt":  # there kill() would be one, and an open file can't be removed

@@ -87,10 +87,12 @@ def figures(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> d
     loss, accuracy = score(logits, labels)
     hits = logits.argmax(1) == labels
     top5 = (logits.topk(min(5, len(classes))).indices == labels[:, None]).any(1)
-    images = torch.bincount(labels, minlength=len(classes))
-    right = torch.bincount(labels[hits], minlength=len(classes))
-    each = [100 * r / n if n else None for r, n in zip(right.tolist(), images.tolist(), strict=True)]
-    present = [value for value in each if value is not None]
+    images, right = (torch.bincount(which, minlength=len(classes)).tolist() for which in (labels, labels[hits]))
+    each = [
+        {"name": name, "images": n, "accuracy": 100 * r / n if n else None}
+        for name, n, r in zip(classes, images, right, strict=True)
+    ]
+    present = [entry["accuracy"] for entry in each if entry["images"]]
     low, high = wilson(int(hits.sum()), len(labels))
     return {
         "images": len(labels),
@@ -101,10 +103,7 @@ def figures(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> d
         "top5_accuracy": 100 * top5.float().mean().item(),
         "mean_class_accuracy": sum(present) / len(present),
         "calibration_error": calibration(logits.softmax(1).amax(1), hits)[0],
-        "classes": [
-            {"name": name, "images": n, "accuracy": value}
-            for name, n, value in zip(classes, images.tolist(), each, strict=True)
-        ],
+        "classes": each,
     }
 
 

@@ -74,14 +74,6 @@ class TrainingError(Exception):
     """Training or testing can't go on; the message says what to change."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM asked the program to stop."""
-
-    def __init__(self, signum: int, advice: str = "no training was lost"):
-        super().__init__(f"interrupted; {advice}")
-        self.signum = signum
-
-
 # ---------------------------------------------------------------------------------- command line
 
 
@@ -188,7 +180,7 @@ def add_flag(group, name: str) -> None:
     kind, default, text = next(flags[name] for flags in FLAGS.values() if name in flags)
     if default is ...:
         text += f" ({', '.join(f'{recipe}: {defaults[name]}' for recipe, defaults in RECIPES.items())})"
-    elif default not in (False, None):
+    elif default is not None and default is not False:  # which 0 equals
         text += f" (default: {default})".replace("%", "%%")
     options = {"type": kind, "metavar": name.split("_")[-1].upper()}
     if kind is bool:
@@ -206,12 +198,6 @@ def last_path(ckpt: str) -> Path:
     return path.with_name(f"{path.stem}.last{path.suffix}")
 
 
-def best_path(last: str) -> Path:
-    """Return whose resume checkpoint `last` is: alexnet.last.pth -> alexnet.pth, which may be given as well."""
-    path = Path(last)
-    return path.with_name(path.stem if path.suffix == ".last" else path.stem.removesuffix(".last") + path.suffix)
-
-
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """Return the arguments and, when a run goes on, its resume checkpoint."""
     parser = Parser(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS)
@@ -223,7 +209,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     args = DEFAULTS | RECIPES[given.get("recipe", DEFAULTS["recipe"])] | given
     resume, checkpoint = args["resume"], None
     if isinstance(resume, str):
-        args["ckpt"] = str(best_path(resume))
+        args["ckpt"] = re.sub(r"\.last(\.[^./\\]+)?$", r"\1", resume)  # which may be the best checkpoint's name as well
         if os.path.abspath(given.get("ckpt", args["ckpt"])) != os.path.abspath(args["ckpt"]):
             parser.error(f"--ckpt {given['ckpt']} contradicts --resume {resume}, which goes with {args['ckpt']}")
     last = last_path(args["ckpt"])
@@ -275,8 +261,9 @@ def run_cli(main) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         return
-    except KeyboardInterrupt as stop:  # an Interrupted says more
-        message, status = str(stop) or "interrupted", 128 + getattr(stop, "signum", signal.SIGINT)
+    except KeyboardInterrupt as stop:  # that of Signals holds the signal and, mostly, some advice
+        signum, *advice = stop.args or [signal.SIGINT]
+        message, status = "; ".join(["interrupted", *advice]), 128 + signum
         if rank != "0":
             sys.exit(status)
     except UsageError as error:
@@ -411,7 +398,7 @@ class Signals:
 
     def handle(self, signum: int, frame) -> None:
         if self.at_once:
-            raise Interrupted(signum)
+            raise KeyboardInterrupt(signum, "no training was lost")
         if self.received and signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
@@ -421,12 +408,12 @@ class Signals:
         """Yield `steps`, as long as no process has received a signal.
 
         Raises:
-            Interrupted: one has; the step in hand is finished.
+            KeyboardInterrupt: one has; the step in hand is finished.
         """
         for step in steps:
             yield step
             if signum := self.compute.max(self.received):
-                raise Interrupted(signum)
+                raise KeyboardInterrupt(signum)
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -519,12 +506,8 @@ class Run:
                 self.replica.register_comm_hook(None, bf16_compress_hook)
         self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
         self.evaluated = self.averaged.module if self.averaged else self.network
-        self.optimizer = torch.optim.Adam(
-            self.network.parameters(),
-            weight_decay=args.weight_decay,
-            decoupled_weight_decay=True,  # makes it AdamW, which without weight decay is Adam
-            fused=True,
-        )
+        # without weight decay it is Adam
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), weight_decay=args.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.dtype is torch.float16)
 
     def train_step(self, inputs: torch.Tensor, labels: torch.Tensor, images: int) -> None:
@@ -532,9 +515,7 @@ class Run:
         with self.compute.autocast():
             logits = self.replica(inputs)
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.args.label_smoothing)
-            shown = loss.detach()
-            if self.args.label_smoothing:  # as in validation, to be compared with it
-                shown = F.cross_entropy(logits.detach(), labels, reduction="sum")
+            shown = F.cross_entropy(logits.detach(), labels, reduction="sum")  # not smoothed, as in validation
         self.optimizer.zero_grad()
         # DDP averages over processes: so the gradient is that of the mean over the whole batch
         self.scaler.scale(loss * (self.compute.size / images)).backward()
@@ -884,11 +865,11 @@ def fit(run: Run, log: Log, signals: Signals, say, earlier: list[str]) -> None:
                 f"  rate {row['learning_rate']:.3g}  {row['images_per_second']:.1f} images/s"
                 f"  {row['seconds']:.1f} s{'  best' if row is run.best else ''}"
             )
-    except Interrupted as stop:
+    except KeyboardInterrupt as stop:
         if run.compute.max(len(earlier)) and not run.epoch:
-            raise Interrupted(stop.signum, f"{' and '.join(earlier)} not yet replaced") from None
+            raise KeyboardInterrupt(*stop.args, f"{' and '.join(earlier)} not yet replaced") from None
         run.save_last()
-        raise Interrupted(stop.signum, f"go on with: python train.py --resume{ckpt}") from None
+        raise KeyboardInterrupt(*stop.args, f"go on with: python train.py --resume{ckpt}") from None
     log.end()
     best = run.best
     saved = "saved in" if run.compute.rank or run.best_is_saved() else "no longer in"

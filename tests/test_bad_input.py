@@ -115,12 +115,13 @@ def test_a_device_that_is_not_there_is_refused(flags, trained, tmp_path, program
     assert "try --device cpu" in refuse(program, *argv, "--device", "cuda", folder=tmp_path)
 
 
-def test_help_survives_a_percent_sign_in_a_default(tmp_path):
+def test_help_shows_defaults_even_zero_and_those_with_a_percent_sign(tmp_path):
     helped = shell(
         ROOT / "train.py", "--help", folder=tmp_path, XDG_CACHE_HOME="/100%/cache", LOCALAPPDATA="/100%/cache"
     )
     assert helped.returncode == 0
-    assert "--cache" in helped.stdout
+    assert "/100%/cache" in helped.stdout
+    assert "dropout (default: 0)" in " ".join(helped.stdout.split())
 
 
 def test_pictures_from_another_program_need_no_data_set(trained, tmp_path):

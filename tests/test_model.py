@@ -1,6 +1,7 @@
 """The network and its checkpoint file."""
 
 import os
+import platform
 
 import pytest
 import torch
@@ -82,12 +83,13 @@ def test_build_returns_the_saved_network(tmp_path, monkeypatch):
 
 def test_two_processes_may_save_at_once(tmp_path):
     path = tmp_path / "net.pth"
-    other = tmp_path / f"net.pth.{os.getppid()}.tmp"  # of a process that lives
-    for leftover in (other, tmp_path / "net.pth.999999999.tmp"):
+    names = (f"{platform.node()}.{os.getppid()}", "elsewhere.999999999", f"{platform.node()}.{10**20}", "backup")
+    others = [tmp_path / f"net.pth.{name}.tmp" for name in names]  # of one that lives, on another machine, of nobody
+    for leftover in (*others, tmp_path / f"net.pth.{platform.node()}.999999999.tmp"):
         leftover.touch()
     model.check_writable(path, 1000)
     model.save({"step": 1}, path)
-    assert sorted(tmp_path.iterdir()) == [path, other]
+    assert sorted(tmp_path.iterdir()) == sorted([path, *others])
 
 
 def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
