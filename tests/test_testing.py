@@ -50,10 +50,12 @@ def test_calibration_error_of_a_case_worked_by_hand():
 
 
 @pytest.fixture(scope="module")
-def tested(trained):
-    """Standard output and figures of a test, and the folder it was made in."""
-    output = commands.run("test", "--json", "test.json", "--predictions", "test.csv", "--flip", folder=trained).stdout
-    return output, json.loads((trained / "test.json").read_text()), trained
+def tested(flags, tmp_path_factory):
+    """Standard output and figures of a test, and the folder it was made in, where more may be put."""
+    folder = tmp_path_factory.mktemp("tested")
+    commands.run("train", *flags, "--epochs", 3, "--name", "run", folder=folder)
+    output = commands.run("test", "--json", "test.json", "--predictions", "test.csv", "--flip", folder=folder).stdout
+    return output, json.loads((folder / "test.json").read_text()), folder
 
 
 def test_the_tested_images_are_the_manifests_and_no_training_images(tested):
@@ -122,8 +124,7 @@ def test_a_bare_state_dict_is_tested_with_a_warning_that_the_split_is_drawn(test
     checkpoint = torch.load(folder / "alexnet.pth", weights_only=True)
     torch.save(checkpoint["state_dict"], folder / "bare.pth")
     bare = ["--ckpt", "bare.pth", "--data", photos, "--stride", 4, "--json", "bare.json"]
-    output = commands.run("test", *bare, folder=folder).stdout
-    assert "holds no split" in output
+    assert "holds no split" in commands.one_line(commands.run("test", *bare, folder=folder))
     assert json.loads((folder / "bare.json").read_text())["accuracy"] == result["accuracy"]
 
 
