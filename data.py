@@ -116,12 +116,6 @@ def download(folder: Path) -> Path:
     return final / "101_ObjectCategories"
 
 
-def class_folders(root: Path) -> list[str]:
-    """Return the names of the class folders in `root`, sorted: their places are the labels."""
-    names = (name for name in os.listdir(root) if os.path.isdir(root / name) and name != "BACKGROUND_Google")
-    return sorted(name for name in names if not name.startswith("."))
-
-
 def refuse(error: OSError) -> None:
     """Raise DataError for a folder that can't be listed, which `os.walk` would pass over."""
     raise DataError(f"{error.filename}: can't be listed ({error.strerror})") from error
@@ -135,7 +129,9 @@ def scan(root: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
         by its name, sorted by path; and the classes' names in the order of their labels.
     """
     images = []
-    for name in class_folders(root):
+    for name in os.listdir(root):
+        if name == "BACKGROUND_Google" or name.startswith(".") or not os.path.isdir(root / name):
+            continue
         visited = {os.path.realpath(root)}
         for folder, folders, files in os.walk(root / name, onerror=refuse, followlinks=True):
             real = os.path.realpath(folder)
@@ -365,7 +361,7 @@ class ImageStore:
                 images = images.pin_memory().to(device, non_blocking=True)
             torch.cuda.current_stream(device).wait_stream(self._stream)
             images.record_stream(torch.cuda.current_stream(device))
-        return images.to(device).permute(0, 3, 1, 2), labels.to(device, non_blocking=True)
+        return images.to(device).permute(0, 3, 1, 2), labels.to(device, non_blocking=device.type == "cuda")
 
 
 def split(paths: list[str], seed: int) -> dict[str, list[str]]:

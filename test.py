@@ -58,6 +58,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         place = target.parent if target.is_file() or not target.exists() else target  # a folder, device or pipe
         if str(target) != "-" and (target.is_dir() or not os.access(place, os.W_OK)):
             parser.error(f"--{name} {target}: can't be written there; make the folder or give another file")
+    if args.predictions == "-":
+        parser.error("--predictions -: only --json goes to standard output; give a file")
     return args
 
 
@@ -344,8 +346,9 @@ def main(argv: list[str] | None = None) -> None:
     store.move_to(compute.device)
     if "split" in checkpoint:
         say(f"{args.ckpt}: epoch {checkpoint['epoch']}, valid accuracy {checkpoint['valid_accuracy']:.2f} %")
-    else:
-        say(f"{args.ckpt} holds no split: it is drawn from --seed {args.seed}, and can't be checked")
+    elif compute.rank == 0:
+        problem = f"holds no split: it is drawn from --seed {args.seed}, and can't be checked"
+        print(f"test.py: {args.ckpt}: {problem}", file=sys.stderr)
     paths = (checkpoint["split"] if "split" in checkpoint else split(store.paths, args.seed))[args.split]
     rows = store.rows(paths)
     labels = store.labels.cpu()[rows]

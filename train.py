@@ -222,6 +222,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
         with contextlib.suppress(CheckpointError):  # a new run replaces whatever lies there
             found = load(last)
             checkpoint = found if found.get("job") == job() else None  # of this run, restarted by torchrun
+    elif not job() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # nothing says whose `last` is
+        parser.error("torchrun restarts a run only with --rdzv-id or --standalone; go on with --resume")
     if checkpoint:
         stored = checkpoint["args"]
         wrong = [name for name in given if name not in MAY_CHANGE and stored.get(name) != given[name]]
@@ -582,7 +584,8 @@ class Run:
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is not finite in epoch {self.epoch + 1}, step {self.step}, at a learning rate of "
-                f"{self.optimizer.param_groups[0]['lr']:g}; the best checkpoint is kept; try a lower --lr"
+                f"{self.optimizer.param_groups[0]['lr']:g}; {'the best checkpoint is kept; ' if self.best else ''}"
+                "try a lower --lr"
             )
 
     def run_epoch(self, watch) -> dict:
@@ -679,6 +682,8 @@ class Run:
         if self.averaged:
             self.averaged.load_state_dict(checkpoint["averaged"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for parameter, moments in self.optimizer.state.items():  # fused Adam wants them laid out as the parameter
+            moments |= {name: torch.empty_like(parameter).copy_(moments[name]) for name in ("exp_avg", "exp_avg_sq")}
         if checkpoint["scaler"]:  # empty where the run was not in fp16 so far
             self.scaler.load_state_dict(checkpoint["scaler"])
         for name in ("epoch", "step", "seconds", "history"):
@@ -872,11 +877,12 @@ def fit(run: Run, log: Log, signals: Signals, say, earlier: list[str]) -> None:
         run.save_last()
         raise KeyboardInterrupt(*stop.args, f"go on with: python train.py --resume{ckpt}") from None
     log.end()
-    best = run.best
-    saved = "saved in" if run.compute.rank or run.best_is_saved() else "no longer in"
-    say(f"best: epoch {best['epoch']}, valid accuracy {best['valid_accuracy']:.2f} %, {saved} {args.ckpt}")
-    say(f"next: python test.py --ckpt {shlex.quote(args.ckpt)}")
-    say(f"      tensorboard --logdir {shlex.quote(os.path.relpath(args.logdir))}")
+    best, commands = run.best, [f"tensorboard --logdir {shlex.quote(os.path.relpath(args.logdir))}"]
+    if saved := run.compute.rank == 0 and run.best_is_saved():
+        commands.insert(0, f"python test.py --ckpt {shlex.quote(args.ckpt)}")
+    where = f"{'saved' if saved else 'no longer'} in {args.ckpt}"
+    say(f"best: epoch {best['epoch']}, valid accuracy {best['valid_accuracy']:.2f} %, {where}")
+    say("next: " + "\n      ".join(commands))
 
 
 if __name__ == "__main__":

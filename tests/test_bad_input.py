@@ -104,7 +104,12 @@ def test_a_bad_argument_is_refused(flags, photos, tmp_path, argument, status, wo
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
 @pytest.mark.parametrize(
     ("argument", "words"),
-    [("--json folder", "--json folder"), ("--predictions none/x.csv", "none/x.csv"), ("--logdir l\udcff", "--logdir")],
+    [
+        ("--json folder", "--json folder"),
+        ("--predictions none/x.csv", "none/x.csv"),
+        ("--predictions -", "--predictions -"),
+        ("--logdir l\udcff", "--logdir"),
+    ],
 )
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(trained, tmp_path, argument, words):
     (tmp_path / "folder").mkdir()

@@ -128,6 +128,13 @@ def test_killed_workers_are_restarted_and_the_run_ends_as_an_unbroken_one(odd_fl
     assert result.stdout.count("epoch 1/2") == result.stdout.count("epoch 2/2") == 1
 
 
+def test_a_restart_that_cannot_know_its_run_does_not_begin_it_anew(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(train.UsageError, match="--resume"):
+        train.parse([])
+
+
 @thorough
 def test_a_worker_that_dies_takes_the_others_down(odd_flags, tmp_path):
     result = torchrun("train", *odd_flags, folder=tmp_path, status=1, EVENT="kill 1 5")

@@ -335,6 +335,7 @@ def test_a_best_checkpoint_that_is_not_the_runs_is_not_called_so(copy, flags, st
     resumed = run("train", "--resume", folder=copy)
     assert "not the best of epochs 1 to 3" in resumed.stdout
     assert "no longer in alexnet.pth" in resumed.stdout
+    assert "next: tensorboard" in resumed.stdout
 
 
 def test_repeated_arguments_are_accepted(copy, flags):

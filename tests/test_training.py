@@ -125,6 +125,22 @@ def test_weight_decay_is_decoupled(run):
     torch.testing.assert_close(parameter.detach(), before * (1 - 0.1 * 0.5))
 
 
+def test_moments_are_laid_out_as_the_parameters_wherever_they_were_saved(run, tmp_path):
+    first, second = (run("--ckpt", str(tmp_path / "net.pth"), "--dropout", "0", "--lr", "0.01") for _ in range(2))
+    rows, uniforms = first.epoch_plan()
+    batch = first.inputs(rows[:8], uniforms[:8])
+    first.train_step(*batch, 8)
+    first.save_last()
+    checkpoint = model.load(tmp_path / "net.last.pth")
+    for moments in checkpoint["optimizer"]["state"].values():
+        moments |= {name: tensor.contiguous() for name, tensor in moments.items()}  # as MPS has them
+    second.restore(checkpoint)
+    for trained in (first, second):
+        trained.train_step(*batch, 8)
+    weights = [torch.cat([p.detach().flatten() for p in each.network.parameters()]) for each in (first, second)]
+    assert torch.equal(*weights)
+
+
 def test_an_epoch_visits_every_training_image_once_in_an_order_of_its_own(run):
     trained = run()
     first, _ = trained.epoch_plan()
