@@ -487,7 +487,15 @@ def test_a_loss_that_is_not_finite_names_epoch_step_and_rate(one_epoch):
     error = one_line(failed)
     assert "epoch 2, step 3" in error
     assert "0.001" in error
+    assert "the best checkpoint is kept" in error
     assert contents(one_epoch) == kept
+
+
+def test_a_loss_that_is_not_finite_in_the_first_epoch_promises_no_checkpoint(flags, tmp_path):
+    failed = run("train", *flags, folder=tmp_path, before=partial(poison_after_step, 2), status=1)
+    assert "epoch 1, step 3" in one_line(failed)
+    assert "kept" not in failed.stderr
+    assert not contents(tmp_path)
 
 
 def test_weights_that_break_in_the_last_step_are_not_called_a_result(one_epoch):
