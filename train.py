@@ -55,7 +55,7 @@ RECIPES = {  # a recipe is a set of defaults for ordinary flags
     ),
     "strong": dict(
         lr=3e-4, schedule="cosine", warmup_epochs=2, weight_decay=1.0, label_smoothing=0.1,
-        augment="crop,flip,color,trivial", train_size="80-128", test_size=128, ema=0.998, dropout=0.3, init="whiten",
+        augment="crop,color,trivial", train_size="80-128", test_size=128, ema=0.998, dropout=0.3, init="whiten",
     ),
 }  # fmt: skip
 MAY_CHANGE = {"epochs", "data", "cache", "device", "ckpt", "logdir", "resume"}  # when a run goes on
