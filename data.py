@@ -1,12 +1,12 @@
-"""From folders of pictures to batches on the device.
+"""From folders of images to batches on the device.
 
     store = ImageStore("data", cache=default_cache())  # decoded once, mapped into memory
-    manifest = split(store.paths, seed=0)  # {"train": [...], "valid": [...], "test": [...]}
+    manifest = split(store, seed=0)  # {"train": [paths], "valid": [paths], "test": [paths]}
     rows = store.rows(manifest["train"])
     images, labels = store.batch(rows[:64], device)  # uint8 (64, 3, 224, 224), int64 (64,)
-    inputs = prepare(images)  # float, normalised
+    inputs = to_inputs(images)  # float32 (64, 3, 224, 224), normalised
 
-A picture is decoded and resized once, into one file of bytes; from then on a batch is one indexed
+An image is decoded and resized once, into one file of bytes. After that a batch is one indexed
 read, one transfer and one set of tensor operations, and no worker process is needed.
 """
 
@@ -14,14 +14,20 @@ import contextlib
 import functools
 import hashlib
 import io
+import json
 import math
+import mmap
 import os
 import random
+import re
 import shutil
 import sys
+import time
+import uuid
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,128 +35,238 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch.utils.data import random_split
-from torchvision.datasets import Caltech101
+from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from model import remove_leftovers, replacing
-
 DEFAULT_DATA = "data"  # where Caltech101 is downloaded to
-CALTECH101_IMAGES = 8677  # without BACKGROUND_Google, which is no class
-SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
-SIZE = 224  # pixels, both sides, of a stored picture
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights use
-AUGMENTATIONS = ("crop", "flip", "color", "trivial")
-CROP_SCALE, CROP_RATIO = (0.35, 1.0), (3 / 4, 4 / 3)
-COLOR = 0.3  # largest change, either way, as a factor
-OPERATIONS = {  # of which "trivial" does one, and their largest change, either way
-    "rotation": math.radians(30), "shear_x": 0.3, "shear_y": 0.3,
-    "x": 0.25, "y": 0.25,  # a shift, as a share of half a side
-    "brightness": 0.6, "contrast": 0.7, "saturation": 0.7,
+CALTECH101_URL = "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip"
+CALTECH101_MD5 = "3138e1922a9193bfa496528edbbc45d0"
+CALTECH101_IMAGES = 8677  # without BACKGROUND_Google, which is not a class
+SYSTEM_FOLDERS = {
+    "#recycle", "#snapshot", "$recycle.bin", "@eadir", "@tmp", "__macosx", "__pycache__",
+    "background_google", "lost+found", "recycler", "system volume information",
 }  # fmt: skip
-COLUMNS = ("area", "ratio", "x", "y", "flip", "brightness", "contrast", "saturation", "operation", "strength")
-UNIFORMS = len(COLUMNS)  # random numbers that the augmentation of one picture takes
+PARTS = {  # words in the name of a folder that holds a ready-made part of the split
+    "train": {"train", "training", "trainset"},
+    "valid": {"val", "valid", "validation", "valset", "dev"},
+    "test": {"test", "testing", "testset", "eval", "evaluation"},
+}
+DECODING = 2  # the version of `decode`: a new one makes caches of older ones stale
+SIZE = 224  # pixels, height and width of a stored image
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in torchvision's weights
+DAY = 86_400  # seconds
+
+Image.MAX_IMAGE_PIXELS = 128_000_000  # Pillow refuses twice as many; here that is 1 GB as RGBA
+warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata, without the file's name
 
 
 class DataError(Exception):
-    """Pictures that can't be used as they are; the message says what to do."""
+    """Images that cannot be used as they are; the message says what to do."""
 
 
-# ------------------------------------------------------------------------ where the pictures are
+# --------------------------------------------------------------------------- finding the images
 
 
 def default_cache() -> str:
-    """Return this program's folder among the user's caches, where the platform keeps those."""
-    home = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": "~/Library/Caches"}.get(
-        sys.platform, os.environ.get("XDG_CACHE_HOME")
-    )
+    """Return this program's folder in the user's cache folder, wherever the platform has that."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    if sys.platform == "win32":
+        home = os.environ.get("LOCALAPPDATA")
+    elif sys.platform == "darwin":
+        home = "~/Library/Caches"
     return os.path.join(os.path.expanduser(home or "~/.cache"), "alexnet-caltech101")
 
 
-def locate(data: str, cache: str) -> Path:
-    """Return the folder of class folders that `--data` means, drawing or downloading it if need be.
+@functools.cache
+def suffixes() -> set[str]:
+    """Return the suffixes of the files that Pillow decodes by itself, such as .jpg."""
+    stubs = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # need other programs
+    known = Image.registered_extensions()
+    return {suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in stubs}
+
+
+def is_system(name: str) -> bool:
+    """Tell whether a file or folder is hidden or the system's, and holds no images of a class."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted, and of broken links, without system's."""
+    return sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if not is_system(entry.name)
+        and (entry.is_dir() or (entry.is_symlink() and not os.path.exists(entry.path)))
+        and not Path(entry.name).suffix.lower() in suffixes()
+    )
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder, however deep, without hidden files and system folders.
+
+    Links are followed. A link back to a folder above ends there.
 
     Raises:
-        DataError: there is none, or it could not be had.
+        DataError: a folder cannot be listed.
+    """
+
+    def refuse(error: OSError):
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+
+    visited = {os.path.realpath(folder.parent)}
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = [name for name in folders if not is_system(name)]
+        yield from (Path(place, name) for name in files if not name.startswith("."))
+
+
+def is_image(path: Path) -> bool:
+    """Tell whether a file is an image by its name."""
+    return path.suffix.lower() in suffixes()
+
+
+def locate(data: str, cache: str) -> Path:
+    """Return the folder of class folders, or of parts, that `--data` means.
+
+    It is downloaded or drawn if need be. A folder that holds nothing but one folder of folders,
+    as an unpacked archive does, stands for that.
+
+    Raises:
+        DataError: there is none, or it cannot be downloaded or drawn.
     """
     if data == "sample":
         return draw_sample(Path(cache) / "sample")
     folder = Path(data)
-    places = [folder / name / "101_ObjectCategories" for name in (".", "caltech101", "caltech-101")]
-    for place in [*places, folder]:
-        if place.is_dir() and scan(place)[0]:
-            return place
+    caltech101 = [folder / name / "101_ObjectCategories" for name in (".", "caltech101", "caltech-101")]
+    for place in (*caltech101, folder):
+        if place.is_dir():
+            while len(names := subfolders(place)) == 1 and subfolders(place / names[0]):
+                place = place / names[0]
+            if any(is_image(path) for name in names for path in walk(place / name)):
+                return place
     if folder.resolve() == Path(DEFAULT_DATA).resolve():
         return download(folder)
     problem = "no class folders with images there" if folder.is_dir() else "no such folder"
-    raise DataError(
-        f"{data}: {problem}; --data takes the folder that holds 101_ObjectCategories or any folder of "
-        "class folders; leave it out to download Caltech101, or try --data sample"
-    )
+    raise DataError(f"{data}: {problem}; --data takes a folder with a folder for each class, or 'sample'")
 
 
 def download(folder: Path) -> Path:
-    """Download Caltech101 (137 MB) into `folder`, and return its folder of class folders.
+    """Download Caltech101 (137 MB) into `folder` and return its folder of class folders.
 
-    It takes its final name when complete; an archive that arrived whole is not fetched twice.
+    It gets its final name when it is complete. An archive that arrived whole is kept for the next
+    try.
+
+    Raises:
+        DataError: it cannot be downloaded or written.
     """
     partial, final = folder / ".partial", folder / "caltech101"
-    shutil.rmtree(partial / "caltech101" / "101_ObjectCategories", ignore_errors=True)  # extraction cut short
-    print(f"downloading Caltech101 (CC BY 4.0, Li, Andreeto, Ranzato, Perona) to {folder}", file=sys.stderr)
+    print(f"downloading Caltech101 (CC BY 4.0; Li, Andreeto, Ranzato, Perona) to {folder}", file=sys.stderr)
     try:
-        with warnings.catch_warnings():  # the extraction's, about Python 3.14
+        for leftover in ("caltech-101", "101_ObjectCategories"):  # of an extraction that was cut short
+            shutil.rmtree(partial / leftover, ignore_errors=True)
+        with warnings.catch_warnings():  # Python 3.12 and later warn of how archives are extracted
             warnings.simplefilter("ignore")
-            Caltech101(partial, download=True)
-        found = len(scan(partial / "caltech101" / "101_ObjectCategories")[0])
+            download_and_extract_archive(
+                CALTECH101_URL, partial, filename="caltech-101.zip", md5=CALTECH101_MD5
+            )
+            extract_archive(partial / "caltech-101" / "101_ObjectCategories.tar.gz", partial)
+        classes = partial / "101_ObjectCategories"
+        found = sum(is_image(path) for name in subfolders(classes) for path in walk(classes / name))
         if found != CALTECH101_IMAGES:
             raise RuntimeError(f"{found} images arrived instead of {CALTECH101_IMAGES}")
         final.mkdir(exist_ok=True)
-        os.replace(partial / "caltech101" / "101_ObjectCategories", final / "101_ObjectCategories")
+        os.replace(classes, final / "101_ObjectCategories")
         shutil.rmtree(partial)
-    except Exception as error:  # connections and archives that break off raise almost anything
+    except Exception as error:  # a broken connection or archive raises almost anything
         raise DataError(
-            f"Caltech101 could not be downloaded ({error}); try again, or unpack caltech-101.zip from "
-            f"https://data.caltech.edu/records/mzrjq-6wc02, and 101_ObjectCategories.tar.gz in it, in {folder}, "
-            "or try --data sample"
+            f"Caltech101 cannot be downloaded ({error}); try again, or unpack {CALTECH101_URL} and the "
+            f"101_ObjectCategories.tar.gz in it in {folder}, or try --data sample"
         ) from error
     return final / "101_ObjectCategories"
 
 
-def refuse(error: OSError) -> None:
-    """Raise DataError for a folder that can't be listed, which `os.walk` would pass over."""
-    raise DataError(f"{error.filename}: can't be listed ({error.strerror})") from error
+def part_of(name: str) -> str | None:
+    """Return train, valid or test if a folder's name, such as `seg_train` or `val2017`, says so."""
+    words = set(re.split(r"[\W_\d]+", name.lower()))
+    return next((part for part, names in PARTS.items() if words & names), None)
 
 
-def scan(root: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
-    """List the images in `root`'s class folders, however deep, and the classes that have any.
+class Listing:
+    """What a folder holds, by names alone: nothing is opened.
 
-    Returns:
-        (path relative to `root` with forward slashes, bytes, modification time in ns) of each image
-        by its name, sorted by path; and the classes' names in the order of their labels.
+    Attributes:
+        files: (path relative to `root`, with forward slashes, size in bytes, time of modification
+            and time of change in ns) of each image, sorted.
+        classes: the names of the classes that have images, sorted; a label is an index into it.
+        labels: of the files.
+        parts: of each file, train, valid or test in a data set that is split already; else empty.
+        notes: lines for people about what is passed over.
     """
-    images = []
-    for name in os.listdir(root):
-        if name == "BACKGROUND_Google" or name.startswith(".") or not os.path.isdir(root / name):
-            continue
-        visited = {os.path.realpath(root)}
-        for folder, folders, files in os.walk(root / name, onerror=refuse, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in visited:  # a link back to where we have been
-                folders.clear()
-                continue
-            visited.add(real)
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for path in (Path(folder, file) for file in files):
-                if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-                    status = path.stat() if path.exists() else path.lstat()  # a broken link: decoding will tell
-                    images.append((path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns))
-    return sorted(images), sorted({path.split("/")[0] for path, _, _ in images})
+
+    def __init__(self, root: Path):
+        self.files, self.notes, others = [], [], Counter()
+        folders = subfolders(root)
+        for path in (path for name in folders for path in walk(root / name)):
+            if is_image(path):
+                status = path.stat() if path.exists() else path.lstat()  # a broken link is named later
+                times = status.st_mtime_ns, status.st_ctime_ns  # `mv` changes the second alone
+                self.files.append((path.relative_to(root).as_posix(), status.st_size, *times))
+            elif path.name.lower() not in ("thumbs.db", "desktop.ini"):
+                others[path.suffix.lower() or "without suffix"] += 1
+        self.files.sort()
+        self.parts = self.find_parts()
+        if self.parts:
+            self.files = [file for file in self.files if self.parts[file[0]]]
+            folders = [f"{part}/{name}" for part in folders for name in subfolders(root / part)]
+        depth = 1 if self.parts else 0
+        names = [path.split("/")[depth] for path, *_ in self.files]
+        self.classes = sorted(set(names))
+        index = {name: label for label, name in enumerate(self.classes)}
+        self.labels = [index[name] for name in names]
+        used = {path.rsplit("/", path.count("/") - depth)[0] for path, *_ in self.files}
+        if empty := [name for name in folders if name not in used]:
+            self.notes.append(f"class folders without images are passed over: {shortened(empty)}")
+        if others:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+            self.notes.append(f"files that are not images by their names are passed over: {kinds}")
+
+    def find_parts(self) -> dict[str, str | None]:
+        """Return the part of each file, None where it is passed over; empty without ready-made parts."""
+        classes = {}  # of each top-level folder; None for an image that lies in no class folder
+        for path, *_ in self.files:
+            top, name, *rest = path.split("/")
+            classes.setdefault(top, set()).add(name if rest else None)
+        part = {top: part_of(top) for top in classes}
+        train = set().union(*(classes[top] for top in classes if part[top] == "train")) - {None}
+        if len(classes) < 2 or None in part.values() or len(train) < 2:
+            return {}
+        for top, names in classes.items():
+            if part[top] == "train" and None in names or not names & train and names != {None}:
+                return {}
+            if None in names:
+                part[top] = None
+                self.notes.append(f"{top}: its images lie in no class folders, so they are passed over")
+        return {path: part[path.split("/")[0]] for path, *_ in self.files}
+
+
+def shortened(items: Sequence, most: int = 20) -> str:
+    """Return the items as text, at most `most` of them."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more
+
+
+# -------------------------------------------------------------------------------- the drawn sample
 
 
 def draw_sample(folder: Path, images_per_class: int = 80) -> Path:
-    """Draw the sample data set, 10 classes of shapes, into `folder` unless it is there; return it.
+    """Draw the sample, 10 classes of shapes, into `folder` unless it exists; return it.
 
-    Colours, size, place, rotation, proportions and background vary. The same pictures come out
+    Colours, size, place, rotation, proportions and background vary. The images are the same
     everywhere.
     """
     if folder.is_dir():
@@ -160,24 +276,24 @@ def draw_sample(folder: Path, images_per_class: int = 80) -> Path:
         for name, outline in SHAPES.items():
             (temporary / name).mkdir(parents=True, exist_ok=True)
             for index in range(images_per_class):
-                picture = draw_shape(outline, random.Random(f"{name} {index}"))
-                picture.save(temporary / name / f"image_{index + 1:04d}.jpg", quality=90)
+                image = draw_shape(outline, random.Random(f"{name} {index}"))
+                image.save(temporary / name / f"image_{index + 1:04d}.jpg", quality=90)
         with contextlib.suppress(OSError):  # another process was faster
             os.replace(temporary, folder)
     except OSError as error:
-        raise DataError(f"{folder}: the sample can't be written ({error.strerror}); give --cache") from error
+        raise DataError(f"{folder}: cannot be written ({error.strerror}); give --cache") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
 def around(*radii: float) -> list[tuple[float, float]]:
-    """Return the corners of an outline with those radii at evenly spaced angles, clockwise from the top."""
+    """Return the corners of an outline with those radii at evenly spaced angles, clockwise."""
     turn = 2 * math.pi / len(radii)
     return [(r * math.sin(i * turn), -r * math.cos(i * turn)) for i, r in enumerate(radii)]
 
 
-SHAPES = {  # within the unit circle
+SHAPES = {  # outlines within the unit circle
     "arrow": [(0, -1), (0.6, -0.2), (0.2, -0.2), (0.2, 1), (-0.2, 1), (-0.2, -0.2), (-0.6, -0.2)],
     "bar": [(-1, -0.15), (1, -0.15), (1, 0.15), (-1, 0.15)],
     "circle": around(*[1] * 48),
@@ -192,195 +308,302 @@ SHAPES = {  # within the unit circle
 
 
 def draw_shape(outline: list[tuple[float, float]], rng: random.Random) -> Image.Image:
-    """Return an RGB picture, 120 to 200 pixels a side, of one shape on a noisy ground."""
+    """Return an RGB image, 120 to 200 pixels a side, of one shape on a noisy background."""
 
     def colour(level: int) -> tuple[int, ...]:
         return tuple(min(255, max(0, level + rng.randint(-50, 50))) for _ in range(3))
 
     width, height = rng.randint(120, 200), rng.randint(120, 200)
-    ground, ink = rng.sample([rng.randint(0, 80), rng.randint(150, 255)], 2)
+    background, foreground = rng.sample([rng.randint(0, 80), rng.randint(150, 255)], 2)
     noise = Image.frombytes("RGB", (16, 16), rng.randbytes(16 * 16 * 3)).resize((width, height))
-    picture = Image.blend(Image.new("RGB", (width, height), colour(ground)), noise, 0.2)
-    radius, angle, stretch = min(width, height) * rng.uniform(0.32, 0.46), rng.uniform(-0.35, 0.35), rng.uniform(0.8, 1)
+    image = Image.blend(Image.new("RGB", (width, height), colour(background)), noise, 0.2)
+    radius = min(width, height) * rng.uniform(0.32, 0.46)
+    angle, stretch = rng.uniform(-0.35, 0.35), rng.uniform(0.8, 1)
     x0, y0 = (rng.uniform(radius, side - radius) for side in (width, height))
     cos, sin = radius * math.cos(angle), radius * math.sin(angle)
     corners = [(x0 + stretch * x * cos - y * sin, y0 + stretch * x * sin + y * cos) for x, y in outline]
-    ImageDraw.Draw(picture).polygon(corners, fill=colour(ink))
-    return picture.filter(ImageFilter.GaussianBlur(0.7))
+    ImageDraw.Draw(image).polygon(corners, fill=colour(foreground))
+    return image.filter(ImageFilter.GaussianBlur(0.7))
 
 
-# ------------------------------------------------------------------------------------- decoding
+# ------------------------------------------------------------------------------ decoding, once
 
 
 def digest(value: object) -> str:
     """Return 16 hexadecimal digits that tell one plain value from another."""
-    return hashlib.blake2b(repr(value).encode(errors="surrogatepass"), digest_size=8).hexdigest()
+    text = repr(value).encode(errors="surrogatepass")
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def decode(file: str | Path | io.BytesIO) -> torch.Tensor:
-    """Return a picture of any kind that Pillow reads, but floating point, as uint8 (SIZE, SIZE, 3).
+    """Return an image of any kind that Pillow decodes as uint8 (SIZE, SIZE, 3), RGB.
 
-    It is turned upright by its EXIF tag and made RGB. Both sides are resized to SIZE, so the aspect
-    ratio is not kept: the report's choice. Pillow raises almost anything on a damaged file.
+    It is turned upright by its EXIF tag; what is transparent becomes white. Both sides are resized
+    to SIZE, so the aspect ratio is not kept: the report's choice.
+
+    Raises:
+        Exception: almost any, on a damaged file; the message says why it cannot be decoded.
     """
     with Image.open(file) as image:
-        image.draft("RGB", (SIZE, SIZE))  # lets the JPEG decoder drop detail of a far larger picture
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("floating point: nothing says which value is white")
-        if image.mode.startswith("I"):  # 16 bits a pixel: convert() would cut, not scale
-            image = Image.fromarray((pil_to_tensor(image.convert("I"))[0] >> 8).clamp(0, 255).byte().numpy())
-        elif "transparency" in image.info:
+        image.draft("RGB", (SIZE, SIZE))  # the JPEG decoder may drop detail of a far larger image
+        with contextlib.suppress(Exception):  # damaged EXIF data says nothing
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel: convert() cuts instead of scaling
+            levels = pil_to_tensor(image.convert("I"))[0]
+            if levels.max() > 65_535 or levels.min() < 0:
+                raise ValueError("32-bit integers: which value is white is unknown")
+            image = Image.fromarray((levels >> 8).byte().numpy())
+        elif image.mode == "F":
+            raise ValueError("floating point: which value is white is unknown")
+        elif "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
             image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
         image = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     return pil_to_tensor(image).permute(1, 2, 0)
 
 
-def try_decode(path: Path) -> tuple[torch.Tensor, int]:
-    """Return `decode(path)` and a checksum of the file, black and 0 if it can't be read."""
+def try_decode(path: Path) -> tuple[torch.Tensor, int, str]:
+    """Return `decode(path)`, a checksum of the file and no error, or black, 0 and the error."""
     try:
-        content = path.read_bytes() if path.is_file() else b""
-        return decode(io.BytesIO(content)), zlib.crc32(content) or 1
-    except Exception:  # Pillow raises almost anything on a damaged file
-        return torch.zeros(SIZE, SIZE, 3, dtype=torch.uint8), 0
+        content = path.read_bytes()
+        return decode(io.BytesIO(content)), zlib.crc32(content) or 1, ""
+    except Exception as error:  # Pillow raises almost anything on a damaged file
+        reason = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        elif isinstance(error, Image.UnidentifiedImageError):
+            reason = "not an image of a known kind"
+        return torch.zeros(SIZE, SIZE, 3, dtype=torch.uint8), 0, reason.splitlines()[0]
 
 
-def decode_once(root: Path, paths: list[str], file: Path) -> None:
-    """Write the pictures under `root` to `file`, unless it is there: all pixels, then all checksums."""
-    if file.exists() and file.stat().st_size == len(paths) * (SIZE * SIZE * 3 + 8):
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    folder = file.name.split("-")[0]
-    remove_leftovers(file.with_name(folder))
-    for stale in {*file.parent.glob(f"{folder}-*.uint8")} - {file}:  # other content
-        with contextlib.suppress(OSError):  # Windows keeps a file that a process has mapped
-            stale.unlink()
-    checksums = []
-    with (
-        replacing(file) as out,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(paths), desc="decoding once", unit=" images", disable=None) as bar,
-    ):
-        for start in range(0, len(paths), 256):  # bounds what waits in memory to be written
-            chunk = [root / path for path in paths[start : start + 256]]
-            for pixels, checksum in pool.map(try_decode, chunk):
+def build_cache(root: Path, paths: list[str], target: Path) -> dict:
+    """Decode the images under `root` into TARGET.uint8, and describe it in TARGET.json.
+
+    The description is written last: where it is, the pixels are complete. Several processes may
+    build one cache at once; each renames a complete one of its own.
+
+    Returns:
+        The description: `root`, and a checksum and an error, where there is one, for each path.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(target)
+    checksums, errors = [], {}
+    progress = tqdm(total=len(paths), desc="decoding once", unit=" images", disable=None)
+    with complete_file(target.with_suffix(".uint8")) as out, progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(paths), 256):  # bounds what waits in memory
+            chunk = paths[start : start + 256]
+            decoded = pool.map(try_decode, (root / path for path in chunk))
+            for path, (pixels, checksum, error) in zip(chunk, decoded, strict=True):
                 out.write(pixels.numpy())
                 checksums.append(checksum)
-            bar.update(len(chunk))
-        out.write(torch.tensor(checksums).numpy().tobytes())
+                if error:
+                    errors[path] = error
+            progress.update(len(chunk))
+    description = {"root": os.path.realpath(root), "checksums": checksums, "errors": errors}
+    with complete_file(target.with_suffix(".json")) as out:
+        out.write(json.dumps(description).encode())
+    return description
+
+
+@contextlib.contextmanager
+def complete_file(path: Path, mode: str = "wb", **options):
+    """Open a file of another name that becomes `path` if the block ends well, else vanishes."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # no other process's
+    try:
+        with open(temporary, mode, **options) as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def remove_stale(target: Path) -> None:
+    """Remove from a cache folder what killed processes left, and what images that changed or are gone left."""
+    for file in target.parent.iterdir():
+        with contextlib.suppress(OSError, ValueError, KeyError):  # Windows keeps a file that is mapped
+            pixels = file.with_suffix(".uint8")
+            if file.suffix == ".json":
+                same_root = file.name.split("-")[0] == target.name.split("-")[0]
+                if same_root or not os.path.isdir(json.loads(file.read_bytes())["root"]):
+                    file.unlink()
+                    pixels.unlink()
+            elif file.suffix == ".tmp" or (file == pixels and not file.with_suffix(".json").exists()):
+                if time.time() - file.stat().st_mtime > DAY:  # no process is writing it any more
+                    file.unlink()
 
 
 class ImageStore:
-    """The pictures of a folder of class folders, decoded, in one memory-mapped file.
+    """The images of a folder of class folders, decoded, in one memory-mapped file.
 
-    The file lies in `cache`. Its name says what it was made from, so it is never stale; it is
-    written beside and renamed when complete. Pages are read when they are asked for and can be
-    dropped at any time, so a data set may be larger than memory.
+    The file lies in `cache`. Its name is a digest of what it was made from, so it is never stale.
+    Pages are read when they are needed and can be dropped at any time, so a data set may be larger
+    than memory.
 
     Args:
         data: what `--data` takes.
-        cache: the folder for the file, created when missing.
-        skip_bad_images: go on without the pictures that can't be read.
+        cache: the folder for the file; created when missing.
+        skip_bad_images: continue without the images that cannot be read.
 
     Attributes:
-        root: the folder of the class folders.
-        classes: their names; a label is a place in this list.
+        root: the folder of the class folders, or of the parts of a split.
+        classes: their names; a label is an index into this list.
         paths: the paths, relative to `root`, of the images that can be read, sorted.
-        labels: int64 (N,), of all images, also those that can't be read: `rows` says where one is.
+        labels: int64 (N,), of all images, also those that cannot be read: see `rows`.
         pixels: uint8 (N, SIZE, SIZE, 3), of the same.
-        skipped: how many pictures could not be read and were left out.
-        fingerprint: changes when an image is added, removed, renamed or gets another content.
+        parts: path -> train, valid or test where the data set is split already; else empty.
+        checksums: path -> CRC-32 of the file.
+        fingerprint: a digest of all paths and checksums.
+        notes: lines for people about what is passed over.
 
     Raises:
-        DataError: too few classes or images, some can't be read, or the cache can't be written.
+        DataError: too few classes or images, some cannot be read, or the cache cannot be written.
     """
 
     def __init__(self, data: str, cache: str, skip_bad_images: bool = False):
         self.root = locate(data, cache)
-        images, self.classes = scan(self.root)
-        paths = [path for path, _, _ in images]
+        found = Listing(self.root)
+        self.classes, self.parts, self.notes = found.classes, found.parts, found.notes
+        self.labels = torch.tensor(found.labels)
         if len(self.classes) < 2:
             raise DataError(f"{self.root}: at least two class folders with images are needed")
-        size = len(paths) * SIZE * SIZE * 3
-        file = Path(cache, f"{digest(os.path.realpath(self.root))}-{digest([SIZE, images])}.uint8")
-        try:
-            decode_once(self.root, paths, file)
-        except OSError as error:
-            raise DataError(
-                f"{cache}: the decoded images ({size / 1e6:.0f} MB) can't be "
-                f"kept there ({error.strerror}); give another folder with --cache"
-            ) from error
-        stored = torch.from_file(str(file), shared=False, size=size + 8 * len(paths), dtype=torch.uint8)
-        checksums = stored[size:].view(torch.int64).tolist()
-        bad = [path for path, checksum in zip(paths, checksums, strict=True) if not checksum]
-        if any(try_decode(self.root / path)[1] for path in bad):  # mended since
-            file.unlink()
-            return self.__init__(data, cache, skip_bad_images)
-        self.skipped = len(bad)
-        if bad and not skip_bad_images:
-            raise DataError(
-                f"{self.root}: {len(bad)} of {len(paths)} images can't be read: "
-                f"{', '.join(map(repr, bad))}; mend or remove them, or give --skip-bad-images"
-            )
-        self.pixels = stored[:size].view(len(paths), SIZE, SIZE, 3)
+        paths = [path for path, *_ in found.files]
+        key = digest([SIZE, DECODING, found.files])
+        target = Path(cache, f"{digest(os.path.realpath(self.root))}-{key}")
+        self.pixels, description = self.map_cache(paths, target)
+        checksums, errors = description["checksums"], description["errors"]
+        if errors:
+            bad = shortened([f"{path!r} ({reason})" for path, reason in errors.items()])
+            if not skip_bad_images:
+                raise DataError(
+                    f"{self.root}: {len(errors)} of {len(paths)} images cannot be read: {bad}; "
+                    "repair or remove them, or give --skip-bad-images"
+                )
+            self.notes.append(f"{len(errors)} images cannot be read and are skipped: {bad}")
         self.fingerprint = digest([paths, checksums])
+        self.checksums = {p: c for p, c in zip(paths, checksums, strict=True) if c}
         self._row = {path: row for row, path in enumerate(paths) if checksums[row]}
         self.paths = list(self._row)
-        label = {name: index for index, name in enumerate(self.classes)}
-        self.labels = torch.tensor([label[path.split("/")[0]] for path in paths])
-        self._stream = None
+
+    def map_cache(self, paths: list[str], target: Path) -> tuple[torch.Tensor, dict]:
+        """Return the pixels, mapped from the cache, and their description; decode them if need be."""
+        shape = (len(paths), SIZE, SIZE, 3)
+        file = target.with_suffix(".uint8")
+        try:
+            try:
+                description = json.loads(target.with_suffix(".json").read_bytes())
+                complete = file.stat().st_size == math.prod(shape)
+            except (OSError, ValueError):
+                complete = False
+            if not complete:
+                description = build_cache(self.root, paths, target)
+            with open(file, "rb") as opened, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns that the pixels are read-only
+                mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+                return torch.frombuffer(mapped, dtype=torch.uint8).view(shape), description
+        except OSError as error:
+            raise DataError(
+                f"{target.parent}: the decoded images ({math.prod(shape) / 1e6:.0f} MB) cannot be "
+                f"kept there ({error.strerror}); give another folder with --cache"
+            ) from error
 
     def rows(self, paths: list[str]) -> torch.Tensor:
-        """Return where the pictures of those paths are in `pixels` and `labels`, int64.
+        """Return the indices of those images in `pixels` and `labels`, int64.
 
         Raises:
-            DataError: one is not in the folder any more.
+            DataError: an image is missing.
         """
         missing = [path for path in paths if path not in self._row]
         if missing:
             raise DataError(
                 f"{self.root}: {len(missing)} of {len(paths)} images of the checkpoint's split are missing "
-                f"or can't be read, {missing[0]!r} first; give the folder it was trained on with --data"
+                f"or cannot be read, such as {missing[0]!r}; give the folder it was trained on with --data"
             )
-        return torch.tensor([self._row[path] for path in paths])
+        return torch.tensor([self._row[path] for path in paths], dtype=torch.int64)
+
+    def changes(self, checksums: dict[str, int]) -> str:
+        """Say in words how the images differ from earlier ones, of which these are the checksums."""
+        both = self.checksums.keys() & checksums.keys()
+        kinds = {
+            "new": self.checksums.keys() - both,
+            "missing": checksums.keys() - both,
+            "changed": {path for path in both if self.checksums[path] != checksums[path]},
+        }
+        return ", ".join(f"{len(p)} {kind} (such as {min(p)!r})" for kind, p in kinds.items() if p)
 
     def move_to(self, device: torch.device) -> None:
-        """Keep the pixels on `device` if it is a GPU where they fit well; else get ready to copy."""
-        if device.type == "cuda":
-            if self.pixels.numel() < torch.cuda.mem_get_info(device)[0] / 2:
-                self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
-            else:
-                self._stream = torch.cuda.Stream(device)
+        """Keep the pixels on `device` if it is a GPU and they take at most a quarter of its memory."""
+        if device.type == "cuda" and self.pixels.numel() < torch.cuda.mem_get_info(device)[0] / 4:
+            self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
 
     def batch(self, rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return images, uint8 (B, 3, SIZE, SIZE) in channels_last, and labels, int64 (B,)."""
-        rows = rows.to(self.pixels.device, non_blocking=True)
-        images, labels = self.pixels.index_select(0, rows), self.labels[rows]
-        if self._stream and device.type == "cuda":  # copy while the device is still busy with the step before
-            with torch.cuda.stream(self._stream):
-                images = images.pin_memory().to(device, non_blocking=True)
-            torch.cuda.current_stream(device).wait_stream(self._stream)
-            images.record_stream(torch.cuda.current_stream(device))
-        return images.to(device).permute(0, 3, 1, 2), labels.to(device, non_blocking=device.type == "cuda")
+        """Return images, uint8 (B, 3, SIZE, SIZE) in channels_last, and labels, int64 (B,).
+
+        Args:
+            rows: int64 (B,), on the device of `pixels`.
+        """
+        images, labels = self.pixels.index_select(0, rows), self.labels.index_select(0, rows)
+        if images.device != device:
+            if device.type == "cuda":  # from pinned memory a copy does not make the CPU wait
+                images, labels = images.pin_memory(), labels.pin_memory()
+            images = images.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
+        return images.permute(0, 3, 1, 2), labels
 
 
-def split(paths: list[str], seed: int) -> dict[str, list[str]]:
-    """Return the manifest: `paths` split 8:1:1 at random under `seed`.
+def split(store: ImageStore, seed: int) -> dict[str, list[str]]:
+    """Return the manifest, the paths in train, valid and test: 8:1:1 at random under `seed`.
+
+    Ready-made parts stay as they are; a missing one is drawn from train. An image that is the only
+    one of its class changes places with one of train, so that the class can be learned.
 
     Raises:
-        DataError: there are fewer than 10, so that a part would be empty.
+        DataError: a part is empty.
     """
-    if len(paths) < 10:
-        raise DataError(f"{len(paths)} images are too few to split 8:1:1; at least 10 are needed")
-    parts = random_split(paths, [0.8, 0.1, 0.1], torch.Generator().manual_seed(seed))
-    return {name: list(part) for name, part in zip(("train", "valid", "test"), parts, strict=True)}
+    manifest = {part: [p for p in store.paths if store.parts.get(p) == part] for part in PARTS}
+    missing = [part for part in PARTS if part == "train" or not manifest[part]]
+    pool = manifest["train"] if store.parts else store.paths
+    shares = [8 if part == "train" else 1 for part in missing]
+    shares = [share / sum(shares) for share in shares]
+    drawn = random_split(pool, shares, torch.Generator().manual_seed(seed))
+    manifest |= {part: list(subset) for part, subset in zip(missing, drawn, strict=True)}
+    if not all(manifest.values()):
+        raise DataError(f"{len(pool)} images are too few to split 8:1:1; at least 10 are needed")
+
+    labels = dict(zip(store.paths, store.labels[store.rows(store.paths)].tolist(), strict=True))
+    train = manifest["train"]
+    counts = Counter(labels[path] for path in train)
+    spare = iter(range(len(train)))
+    for part in (manifest[name] for name in missing if name != "train"):
+        for place, path in enumerate(part):
+            if not counts[labels[path]]:
+                other = next((i for i in spare if counts[labels[train[i]]] > 1), None)
+                if other is None:
+                    break
+                counts[labels[path]] += 1
+                counts[labels[train[other]]] -= 1
+                train[other], part[place] = path, train[other]
+    return manifest
 
 
-# ----------------------------------------------------------------- from bytes to what a network sees
+# --------------------------------------------------------------- from bytes to the network's inputs
+
+# Random numbers are a function of the seed and of where a run stands, so a run that is resumed
+# anywhere sees the same ones, and no random state is saved. Each augmentation has a stream of its
+# own: adding one does not change the others.
+AUGMENTATIONS = {"crop": 4, "flip": 1, "color": 3, "trivial": 2}  # random numbers for an image
+CROP_SCALE, CROP_RATIO = (0.35, 1.0), (3 / 4, 4 / 3)
+COLOR = 0.3  # the largest change, either way, as a factor
+OPERATIONS = {  # of which "trivial" does one, and their largest change, either way
+    "rotation": math.radians(30), "shear_x": 0.3, "shear_y": 0.3,
+    "x": 0.25, "y": 0.25,  # a shift, as a share of half a side
+    "brightness": 0.6, "contrast": 0.7, "saturation": 0.7,
+}  # fmt: skip
 
 
 def seed_of(*key: object) -> int:
-    """Return a seed that depends on `key`, a purpose and a place in the run, alone."""
+    """Return a seed that depends only on `key`, a purpose and a place in the run."""
     return zlib.crc32(repr(key).encode())
 
 
@@ -389,84 +612,97 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-def layout(device: torch.device) -> torch.memory_format:
-    """Return the order in memory in which convolutions are fast; on MPS the one that is well tried."""
+def draw_uniforms(names: Sequence[str], images: int, seed: int, epoch: int) -> dict[str, torch.Tensor]:
+    """Return, for each augmentation, the numbers in [0, 1) of each image in an epoch: (images, k)."""
+    return {
+        name: torch.rand(images, AUGMENTATIONS[name], generator=generator(name, seed, epoch))
+        for name in names
+    }
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Return the memory format in which convolutions are fast; on MPS, the well-tested one."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 @functools.cache
-def statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return MEAN and STD (1, 3, 1, 1) on `device`; kept, for sending them anew makes a GPU wait."""
+def mean_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return MEAN and STD, (1, 3, 1, 1); cached: a copy to a GPU makes the CPU wait."""
     return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
 
 
-def prepare(
-    images: torch.Tensor, size: int = SIZE, augment: Sequence[str] = (), uniforms: torch.Tensor | None = None
+def to_inputs(
+    images: torch.Tensor, size: int = SIZE, uniforms: dict[str, torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """Return what the network sees: float32 (B, 3, size, size), in `layout`, augmented, normalised.
+    """Return the network's inputs: float32 (B, 3, size, size), augmented and normalised.
 
     Args:
         images: uint8 (B, 3, H, W).
-        size: pixels, both sides.
-        augment: names among AUGMENTATIONS.
-        uniforms: an image's own random numbers in [0, 1), (B, UNIFORMS); needed with `augment`.
+        size: pixels, height and width.
+        uniforms: for each augmentation to apply, random numbers in [0, 1), (B, k).
     """
-    changes = draw_changes(augment, uniforms) if uniforms is not None else {}
-    warped = len(images) and {"crop", "flip", "trivial"} & {*augment}  # a process's share of a batch may be empty
-    # warping reads 2 x 2 pixels, so from pictures much larger than the result it would read noise
+    uniforms = uniforms or {}
+    warped = len(images) and {"crop", "flip", "trivial"} & uniforms.keys()  # a share may be empty
+    changes = draw_changes(uniforms) if uniforms else {}
+    # warping reads 2 x 2 pixels: from images much larger than the result it reads noise
     side = min(int(1.5 * size), images.shape[-1]) if warped else size
     if side != images.shape[-1]:
-        images = images if images.device.type == "cpu" else images.float()  # only the CPU resizes bytes, and faster
+        if images.device.type != "cpu":  # only the CPU resizes bytes, and faster
+            images = images.float()
         images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
     pixels = images.float().div_(255)
     if warped:
         pixels = warp(pixels, size, changes)
-    if {"color", "trivial"} & {*augment}:
+    if {"color", "trivial"} & uniforms.keys():
         pixels = jitter(pixels, changes)
-    mean, std = statistics(pixels.device)
-    return pixels.sub_(mean).div_(std).contiguous(memory_format=layout(pixels.device))
+    mean, std = mean_std(pixels.device)
+    pixels = pixels.sub_(mean).div_(std)
+    return pixels.contiguous(memory_format=memory_format(pixels.device))
 
 
-def denormalize(inputs: torch.Tensor) -> torch.Tensor:
-    """Undo `prepare`'s normalisation: pixels in [0, 1] to look at."""
-    mean, std = statistics(inputs.device)
+def to_pixels(inputs: torch.Tensor) -> torch.Tensor:
+    """Undo the normalisation of `to_inputs`: pixels in [0, 1] to look at."""
+    mean, std = mean_std(inputs.device)
     return (inputs * std + mean).clamp(0, 1)
 
 
-def draw_changes(augment: Sequence[str], uniforms: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what is done to each picture, from its own random numbers (B, UNIFORMS); (B,) each.
+def draw_changes(uniforms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what is done to each image, (B,) each, from its random numbers.
 
-    `crop` is torchvision's RandomResizedCrop: CROP_SCALE of the area, CROP_RATIO of width to height,
-    each drawn evenly (the ratio on a log scale), at any place where it fits; a side longer than the
-    picture's is cut to it, where torchvision draws anew. `trivial` is after TrivialAugment
-    (https://arxiv.org/abs/2103.10158): to half of the pictures, drawn at random, one of OPERATIONS
-    is done, at a strength drawn evenly.
+    "crop" is torchvision's RandomResizedCrop: CROP_SCALE of the area, CROP_RATIO of width to
+    height, each uniform (the ratio on a log scale), at any place where it fits. A side longer than
+    the image's is cut to it, where torchvision draws again. "trivial" follows TrivialAugment
+    (https://arxiv.org/abs/2103.10158): half of the images, at random, get one of OPERATIONS, of
+    uniform strength.
     """
-    numbers = dict(zip(COLUMNS, uniforms.unbind(1), strict=True))
-    one = torch.ones_like(numbers["x"])
+    one = torch.ones_like(next(iter(uniforms.values()))[:, 0])
     changes = {"width": one, "height": one, "mirror": one, **dict.fromkeys(OPERATIONS, 0 * one)}
-    if "crop" in augment:
-        area = CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * numbers["area"]
-        ratio = CROP_RATIO[0] * (CROP_RATIO[1] / CROP_RATIO[0]) ** numbers["ratio"]
-        for side, name, length in (("width", "x", area * ratio), ("height", "y", area / ratio)):
-            changes[side] = length.sqrt().clamp(max=1)
-            changes[name] = (1 - changes[side]) * (2 * numbers[name] - 1)
-    if "flip" in augment:
-        changes["mirror"] = torch.where(numbers["flip"] < 0.5, -one, one)
-    if "color" in augment:
-        changes |= {name: COLOR * (2 * numbers[name] - 1) for name in ("brightness", "contrast", "saturation")}
-    if "trivial" in augment:
-        chosen = (numbers["operation"] * 2 * len(OPERATIONS)).long()
+    if "crop" in uniforms:
+        area, ratio, x, y = uniforms["crop"].unbind(1)
+        area = CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * area
+        ratio = CROP_RATIO[0] * (CROP_RATIO[1] / CROP_RATIO[0]) ** ratio
+        changes["width"] = (area * ratio).sqrt().clamp(max=1)
+        changes["height"] = (area / ratio).sqrt().clamp(max=1)
+        changes["x"] = (1 - changes["width"]) * (2 * x - 1)
+        changes["y"] = (1 - changes["height"]) * (2 * y - 1)
+    if "flip" in uniforms:
+        changes["mirror"] = torch.where(uniforms["flip"][:, 0] < 0.5, -one, one)
+    if "color" in uniforms:
+        for name, number in zip(("brightness", "contrast", "saturation"), uniforms["color"].unbind(1), strict=True):
+            changes[name] = COLOR * (2 * number - 1)
+    if "trivial" in uniforms:
+        operation, strength = uniforms["trivial"].unbind(1)
+        chosen = (operation * 2 * len(OPERATIONS)).long()  # the upper half chooses none
         for index, (name, most) in enumerate(OPERATIONS.items()):
-            changes[name] = changes[name] + (chosen == index) * most * (2 * numbers["strength"] - 1)
+            changes[name] = changes[name] + (chosen == index) * most * (2 * strength - 1)
     return changes
 
 
 def warp(pixels: torch.Tensor, size: int, changes: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cut out, scale, mirror, rotate, shear and shift each picture in one pass of bilinear sampling.
+    """Crop, scale, mirror, rotate, shear and shift each image in one pass of bilinear sampling.
 
-    A matrix maps places in the result to places in the picture, both from -1 to 1: a width of 0.5
-    cuts out half of it, a negative one mirrors, and (x, y) is the cut's centre.
+    A matrix maps places in the result to places in the image, both from -1 to 1. A width of 0.5
+    crops half of the image, a negative one mirrors it, and (x, y) is the centre of the crop.
     """
     cos, sin = changes["rotation"].cos(), changes["rotation"].sin()
     width, height = changes["width"] * changes["mirror"], changes["height"]
@@ -478,7 +714,7 @@ def warp(pixels: torch.Tensor, size: int, changes: dict[str, torch.Tensor]) -> t
 
 
 def jitter(pixels: torch.Tensor, changes: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Change brightness, contrast and saturation of each picture; it stays in [0, 1]."""
+    """Change brightness, contrast and saturation of each image; pixels stay in [0, 1]."""
     brightness, contrast, saturation = (
         (1 + changes[name]).view(-1, 1, 1, 1) for name in ("brightness", "contrast", "saturation")
     )

@@ -1,17 +1,15 @@
-"""AlexNet, and the file that a checkpoint is.
+"""AlexNet, and saving and loading checkpoints.
 
-network = AlexNet(num_classes=101)
-logits = network(torch.rand(64, 3, 224, 224))  # (64, 101)
+    network = AlexNet(num_classes=101)
+    logits = network(torch.rand(64, 3, 224, 224))  # (64, 101)
 
-save({"state_dict": network.state_dict(), ...}, "alexnet.pth")
-network = build(load("alexnet.pth"))
+    save({"state_dict": network.state_dict(), ...}, "alexnet.pth")
+    network = build(load("alexnet.pth"))
 """
 
 import contextlib
-import glob
 import os
-import platform
-import tempfile
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -19,39 +17,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-HIDDEN = 4096  # units of the two hidden linear layers
-FORMAT = 1  # of the checkpoint; a reader refuses a higher one
+HIDDEN = 4096  # units of each of the two hidden linear layers
 
 
 class CheckpointError(Exception):
-    """A checkpoint that can't be read, used or written; the message says what to do."""
-
-
-class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
-    """As PyTorch's. MPS can't divide maps unevenly, so there the CPU does: they are small."""
-
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        if maps.device.type == "mps" and any(side % 6 for side in maps.shape[-2:]):
-            return super().forward(maps.cpu()).to(maps.device)
-        return super().forward(maps)
+    """A checkpoint cannot be read, used or written; the message says what to do."""
 
 
 class AlexNet(nn.Module):
     """Krizhevsky's network in its one-tower form (https://arxiv.org/abs/1404.5997).
 
-    Parameters have the names and shapes of torchvision's `alexnet`, so weights move between the
-    two; with `stride=4` the outputs are equal as well.
+    Its parameters have the names and shapes of torchvision's `alexnet`, so weights move between
+    the two. With `stride=4` the logits are equal as well.
 
     Args:
-        num_classes: how many logits to return.
-        stride: of the first convolution. 2 is this experiment's; 4 is the paper's and torchvision's,
-            with a quarter of the arithmetic.
-        dropout: the probability with which an input of the first two linear layers is zeroed.
+        num_classes: the number of logits.
+        stride: of the first convolution. 2 is this experiment's. 4 is the paper's and
+            torchvision's, with a quarter of the arithmetic.
+        dropout: the probability of zeroing an input of the first two linear layers.
     """
 
     def __init__(self, num_classes: int = 101, stride: int = 2, dropout: float = 0.5):
         super().__init__()
-        self.features = nn.Sequential(  # shapes for 224 x 224 pictures and stride 2
+        self.features = nn.Sequential(  # shapes are for 224 x 224 images and stride 2
             nn.Conv2d(3, 64, kernel_size=11, stride=stride, padding=2),  # (B, 64, 109, 109)
             nn.ReLU(inplace=True),
             nn.MaxPool2d(kernel_size=3, stride=2),  # (B, 64, 54, 54)
@@ -66,7 +54,7 @@ class AlexNet(nn.Module):
             nn.ReLU(inplace=True),
             nn.MaxPool2d(kernel_size=3, stride=2),  # (B, 256, 12, 12)
         )
-        self.avgpool = AdaptiveAvgPool2d((6, 6))
+        self.avgpool = nn.AdaptiveAvgPool2d((6, 6))
         self.classifier = nn.Sequential(
             nn.Dropout(dropout),
             nn.Linear(256 * 6 * 6, HIDDEN),
@@ -80,16 +68,20 @@ class AlexNet(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits (B, num_classes) for float images (B, 3, H, W), normalised by `data.py`.
 
-        H and W are at least 35 (63 with stride 4).
+        H and W are at least 35, or 63 with stride 4.
         """
-        maps = self.avgpool(self.features(images))  # (B, 256, 6, 6)
+        maps = self.features(images)
+        if maps.device.type == "mps":  # it pools only sizes that 6 divides; the maps are small
+            maps = self.avgpool(maps.cpu()).to(maps.device)
+        else:
+            maps = self.avgpool(maps)  # (B, 256, 6, 6)
         return self.classifier(torch.flatten(maps, 1))
 
 
 def init_he(network: AlexNet) -> None:
     """Draw weights that keep the variance through ReLUs (https://arxiv.org/abs/1502.01852).
 
-    Those of the last layer are small, as in that paper: so training starts from even odds.
+    The last layer's are small, as in that paper, so the first predictions are nearly uniform.
     """
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -100,138 +92,152 @@ def init_he(network: AlexNet) -> None:
 
 @torch.no_grad()
 def whiten(layer: nn.Conv2d, images: torch.Tensor) -> None:
-    """Give a first layer filters whose outputs on `images`, (B, 3, H, W), are uncorrelated, of variance near 1.
+    """Set filters whose outputs on `images`, (B, 3, H, W), are uncorrelated with variance near 1.
 
-    Those are half of them, the principal components of the patches that the layer sees; the others
-    are their negatives, so that ReLU loses nothing. airbench (https://arxiv.org/abs/2404.00498)
-    starts so, with smaller patches. Random filters nearly all see the same, a patch's mean colour,
-    for it has most of the variance.
+    Half of the filters are the principal components of the patches that the layer sees. The
+    others are their negatives, so ReLU loses nothing. airbench (https://arxiv.org/abs/2404.00498)
+    starts so, with smaller patches. Nearly all random filters see the same, the mean colour of a
+    patch, because most of the variance is there.
     """
-    # a sample of the patches, every 7th place: the layer's own stride would give many more, much alike
-    patches = F.unfold(images, layer.kernel_size, stride=7).movedim(1, 2).flatten(0, 1)  # (N, 3 * 11 * 11)
-    variances, directions = torch.linalg.eigh(patches.T.double().cov())  # from small to large
-    filters = (directions / (variances + 0.1).sqrt()).T.flip(0)[: layer.out_channels // 2]  # 0.1 bounds noise
+    # every 7th place: the layer's own stride gives many more patches, all much alike
+    patches = F.unfold(images, layer.kernel_size, stride=7)  # (B, 3 * 11 * 11, places)
+    patches = patches.movedim(1, 2).flatten(0, 1)
+    variances, directions = torch.linalg.eigh(patches.T.double().cov())  # in ascending order
+    filters = (directions / (variances + 0.1).sqrt()).T.flip(0)  # 0.1 bounds the noise
+    filters = filters[: layer.out_channels // 2]
     layer.weight.copy_(torch.cat([filters, -filters]).view_as(layer.weight))
 
 
-@contextlib.contextmanager
-def replacing(path: str | Path, mode: str = "wb", **options):
-    """Open a temporary file that takes `path`'s place when the block ends well.
+def transfer(network: AlexNet, checkpoint: dict, classes: list[str]) -> list[str]:
+    """Copy the weights of `checkpoint` into `network`, whose logits are for `classes`.
 
-    Whatever happens and whenever, `path` holds either its old content or the whole new one. A link
-    stays, and the file that it leads to is replaced; a device or a pipe is written to.
+    The last layer stays as it is where the checkpoint has another number of classes, or classes
+    of other names.
+
+    Returns:
+        The names of the parameters that were not copied.
+
+    Raises:
+        CheckpointError: the weights are not AlexNet's.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        with open(path, mode, **options) as file:
-            yield file
-        return
-    path = os.path.realpath(path)
-    remove_leftovers(path)
-    temporary = f"{path}.{platform.node()}.{os.getpid()}.tmp"  # no other process's, on no other machine
-    try:
-        with open(temporary, mode, **options) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave the new name without its content
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            error.filename = path
-        raise
-
-
-def remove_leftovers(path: str | Path) -> None:
-    """Remove what processes of this machine that were killed while they wrote `path`, or a longer name, have left."""
-    for temporary in glob.glob(f"{glob.escape(str(path))}*.{glob.escape(platform.node())}.*.tmp"):
-        with contextlib.suppress(OSError, ValueError, OverflowError):  # a name without a process's number
-            pid = int(temporary.split(".")[-2])
-            try:
-                if os.name != "nt":  # there kill() would be one, and an open file can't be removed
-                    os.kill(pid, 0)  # passes if that process lives
-                    continue
-            except ProcessLookupError:
-                pass
-            os.unlink(temporary)
+    source = build(checkpoint).state_dict()
+    last = [name for name in source if name.startswith("classifier.6.")]
+    if len(source[last[0]]) != len(classes) or checkpoint.get("classes", classes) != classes:
+        for name in last:
+            del source[name]
+    network.load_state_dict(source, strict=False)
+    return [name for name in network.state_dict() if name not in source]
 
 
 def save(checkpoint: dict, path: str | Path) -> None:
-    """Write `checkpoint` to `path`, wholly or not at all.
+    """Write `checkpoint` to `path`, wholly or not at all; a link stays a link.
 
     Raises:
-        CheckpointError: the file can't be written; an older one under that name is untouched.
+        CheckpointError: the file cannot be written; an older one of that name is untouched.
     """
+    path = os.path.realpath(path)
+    temporary = f"{path}.tmp"
     try:
-        with replacing(path) as file:
+        with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
-    except (OSError, RuntimeError) as error:  # torch's writer turns some of the first into the second
-        reason = error.strerror if isinstance(error, OSError) else "the file system refused the data"
+            file.flush()
+            os.fsync(file.fileno())  # a power cut must not leave the new name without content
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch turns some of the first into the second
+        reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
         raise CheckpointError(
-            f"{path}: can't be written ({reason}); what was saved before is untouched; make room or "
-            "mend the folder, then go on with --resume"
+            f"{path}: cannot be written ({reason}); what was saved before is untouched; "
+            "free some space or fix the folder, then continue with --resume"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
 def check_writable(path: str | Path, size: int) -> None:
-    """Make sure, before the work, that `size` bytes can be written beside `path`.
+    """Check, before any work, that `path` can become a file, with `size` bytes free beside it.
 
     Raises:
-        CheckpointError: they can't.
+        CheckpointError: it cannot.
     """
-    path = Path(os.path.realpath(path))
+    folder = Path(os.path.realpath(path)).parent
     try:
-        if path.exists() and not path.is_file():
-            raise OSError(0, "it is a folder" if path.is_dir() else "it is a device")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
-        with tempfile.TemporaryFile(dir=path.parent) as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.write(b"\0")
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError(0, "it is a folder or a device")
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(f"{os.path.realpath(path)}.tmp")  # as `save` names it
+        temporary.unlink(missing_ok=True)  # an earlier, killed process's: its space is free again
+        temporary.touch()
+        temporary.unlink()
+        if shutil.disk_usage(folder).free < size:
+            raise OSError(0, "too little free space")
     except OSError as error:
         raise CheckpointError(
-            f"{path}: checkpoints of {size / 1e6:.0f} MB can't be saved there ({error.strerror}); "
-            "make room or give another --ckpt"
+            f"{path}: checkpoints of {size / 1e6:.0f} MB cannot be saved there "
+            f"({error.strerror}); free some space or give another --ckpt"
         ) from error
 
 
-def load(path: str | Path) -> dict:
+def load(path: str | Path, verify: bool = True) -> dict:
     """Read a checkpoint onto the CPU without running any code that it may hold.
 
-    A bare `state_dict`, as the report's script or torchvision saves one, comes back as a checkpoint
-    that holds nothing else.
+    Weights that another script saved come back as `{"state_dict": ...}`: a bare state_dict, or
+    one inside a dict, whatever wrapper's prefixes its keys have.
+
+    Args:
+        verify: compare the file with its checksums, which torch.load does not. It reads all of
+            the file; without it, tensors are mapped and read when they are used.
 
     Raises:
-        CheckpointError: there is no such file, or it is damaged, unsafe, foreign or too new.
+        CheckpointError: the file is missing, damaged, unsafe, or holds no AlexNet.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load itself checks no checksums
-                raise zipfile.BadZipFile
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        zipped = zipfile.is_zipfile(path)  # files from before PyTorch 1.6 are not
+        if zipped and verify:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise zipfile.BadZipFile
+        mapped = zipped and not verify
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         hint = "; train.py writes one" if isinstance(error, FileNotFoundError) else ""
-        raise CheckpointError(f"{path}: can't be read ({error.strerror or error}){hint}") from error
-    except Exception as error:  # a damaged file can make the readers raise anything
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}){hint}") from error
+    except Exception as error:  # a damaged file makes the readers raise anything
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise
-        if "Unsupported global" in str(error) or "weights_only" in str(error).lower():
-            reason = "refused: it holds objects that could run code when loaded, not only tensors"
-        else:
-            reason = "damaged, or no PyTorch checkpoint; use a backup or train again"
+        reason = "damaged, or not a PyTorch checkpoint; use a backup or train again"
+        if "Unsupported " in str(error) or "weights_only" in str(error).lower():
+            reason = "refused: it holds objects that could run code; save a state_dict() instead"
         raise CheckpointError(f"{path}: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
-    if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        return {"state_dict": dict(checkpoint)}
-    versions = checkpoint.get("versions")
-    if not isinstance(checkpoint.get("state_dict"), dict) or not isinstance(versions, dict):
-        raise CheckpointError(f"{path}: is no checkpoint of this program")
-    if versions.get("format", FORMAT) not in range(1, FORMAT + 1):
-        raise CheckpointError(f"{path}: was made by a newer version of this program; update it")
-    return checkpoint
+    if isinstance(checkpoint.get("versions"), dict) and "state_dict" in checkpoint:
+        return checkpoint
+    return {"state_dict": find_state_dict(checkpoint, path)}
+
+
+def find_state_dict(checkpoint: dict, path: str | Path) -> dict:
+    """Return the weights in a file of another script, under AlexNet's own names.
+
+    DataParallel and DDP put `module.` before or inside of a name, torch.compile `_orig_mod.`, and
+    a class around the network the name of its attribute.
+    """
+    for candidate in (checkpoint, *checkpoint.values()):
+        if isinstance(candidate, dict):
+            plain = {
+                str(name).replace("module.", "").replace("_orig_mod.", ""): value
+                for name, value in candidate.items()
+                if isinstance(value, torch.Tensor)
+            }
+            for name in plain:
+                if name.endswith("features.0.weight"):
+                    prefix = name.removesuffix("features.0.weight")
+                    return {
+                        name.removeprefix(prefix): value
+                        for name, value in plain.items()
+                        if name.startswith(prefix)
+                    }
+    raise CheckpointError(f"{path}: holds no AlexNet's weights, such as features.0.weight")
 
 
 def build(checkpoint: dict, stride: int = 2) -> AlexNet:
@@ -239,17 +245,18 @@ def build(checkpoint: dict, stride: int = 2) -> AlexNet:
 
     Args:
         checkpoint: as `load` returns it.
-        stride: used where the checkpoint, a bare `state_dict`, does not say it.
+        stride: used where the checkpoint, another script's, does not hold it.
 
     Raises:
-        CheckpointError: the weights are no AlexNet's.
+        CheckpointError: the weights are not AlexNet's.
     """
     weights = checkpoint["state_dict"]
     try:
-        with torch.device("meta"):  # shapes alone: no time is spent on weights that are replaced
+        with torch.device("meta"):  # only shapes: the weights are replaced anyway
             network = AlexNet(len(weights["classifier.6.weight"]), checkpoint.get("stride", stride))
-        network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+        weights = {name: tensor.float() for name, tensor in weights.items()}
+        network.load_state_dict(weights, assign=True)
     except (RuntimeError, LookupError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"the weights are no AlexNet's: {reason}") from error
+        raise CheckpointError(f"the weights are not AlexNet's: {reason}") from error
     return network.eval()

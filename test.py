@@ -1,11 +1,11 @@
-"""Test a checkpoint on the pictures that it was never trained on, or ask it about your own.
+"""Test a checkpoint on the images that it was never trained on, or classify your own.
 
     python test.py --ckpt alexnet.pth
-    python test.py --ckpt alexnet.pth --flip --versus other.pth
+    python test.py --ckpt alexnet.pth --split valid --versus other.pth
     python test.py --ckpt alexnet.pth --images cat.jpg folder/
 
-The split lies in the checkpoint, so it is the one that training left alone, whatever the seed or the
-order of the folder. Figures go to the log folder of the run that the checkpoint came from.
+The split is the one in the checkpoint, whatever the seed or the order of the folder. Results go to
+the log folder of the run that the checkpoint is from.
 """
 
 import argparse
@@ -23,51 +23,57 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-import train
-from data import SUFFIXES, DataError, ImageStore, layout, prepare, split, try_decode
-from model import CheckpointError, build, load, replacing
-from train import DEFAULTS, RECIPES, Compute, Parser, add_flag, evaluate, number, printable, run_cli, score, set_up
+from data import (
+    DataError,
+    ImageStore,
+    complete_file,
+    default_cache,
+    is_image,
+    memory_format,
+    split,
+    to_inputs,
+    try_decode,
+    walk,
+)
+from model import AlexNet, CheckpointError, build, load
+from train import Compute, Parser, evaluate, print0, printable, run_command, score, set_up, table
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
+COLUMNS = ["path", "true_class", "predicted_class", "confidence", "loss"]  # of --predictions
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments."""
     parser = Parser(prog="test.py", description=__doc__)
     add = parser.add_argument
-    add("--ckpt", default=DEFAULTS["ckpt"], help="checkpoint to test (default: %(default)s)")
-    add("--split", choices=["test", "valid", "train"], default="test", help="(default: %(default)s)")
-    add("--data", help="as for train.py (default: where it was trained)")
-    add("--cache", type=train.TEXT, help="folder for the decoded images (default: the training's)")
-    add("--json", nargs="?", const="-", metavar="FILE", help="write the figures to FILE (without: print them)")
-    add("--predictions", metavar="FILE", help="write a CSV row for each image")
-    add("--flip", action="store_true", help="also report the mean over each picture and its mirror image")
-    add("--versus", metavar="FILE", help="compare with another checkpoint on the same images")
-    add("--images", nargs="+", metavar="PATH", help="name these pictures, or those in these folders; no data set")
-    add_flag(parser, "device")
+    path = os.path.expanduser
+    add("--ckpt", type=path, default="alexnet.pth", help="checkpoint to test (%(default)s)")
+    add("--split", choices=["test", "valid", "train"], default="test", help="(%(default)s)")
+    add("--data", type=path, help="as for train.py (default: where it was trained)")
+    add("--cache", type=path, help="folder for the decoded images (default: the training's)")
+    add("--json", type=path, nargs="?", const="-", metavar="FILE", help="write the results to FILE, "
+        "or print them")  # fmt: skip
+    add("--predictions", type=path, metavar="FILE", help="write a CSV file, a row for each image")
+    add("--flip", action="store_true", help="also test with the mean over each image and its mirror")
+    add("--versus", type=path, metavar="FILE", help="compare with another checkpoint")
+    add("--images", nargs="+", metavar="PATH", help="classify images, or those in folders")
+    add("--device", default="auto", help="as for train.py (%(default)s)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the training's)")
-    add("--logdir", type=train.TEXT, help="write events under this folder (default: where the run's are)")
-    add("--seed", type=number(int, 0, 2**32), default=0, help="for a bare state_dict: the split's seed (default: 0)")
-    add("--stride", type=int, choices=[2, 4], default=2, help="for a bare state_dict: the network's (default: 2)")
+    add("--logdir", type=path, help="write events under this folder (default: the run's)")
+    add("--seed", type=int, default=0, help="of the split for weights without one (%(default)s)")
+    add("--stride", type=int, choices=[2, 4], default=2, help="of weights without it (%(default)s)")
     args = parser.parse_args(argv)
-    for name in ("data", "cache", "split", "flip", "versus", "predictions", "logdir"):
+    for name in ("data", "cache", "split", "flip", "versus", "logdir"):
         if args.images and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} needs the data set, which --images leaves alone; give one of the two")
-    for name in ("json", "predictions"):  # before the work
-        target = Path(getattr(args, name) or "-")
-        place = target.parent if target.is_file() or not target.exists() else target  # a folder, device or pipe
-        if str(target) != "-" and (target.is_dir() or not os.access(place, os.W_OK)):
-            parser.error(f"--{name} {target}: can't be written there; make the folder or give another file")
-    if args.predictions == "-":
-        parser.error("--predictions -: only --json goes to standard output; give a file")
+            parser.error(f"--{name} needs the data set, which --images does not use; give one of the two")
     return args
 
 
-# ----------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------ metrics
 
 
 def wilson(hits: int, images: int) -> tuple[float, float]:
-    """Return the 95 % interval of a proportion, in percent (Wilson 1927, J. Am. Stat. Assoc. 22, 209)."""
+    """Return the 95 % interval of hits / images in percent (Wilson 1927, JASA 22, 209)."""
     p, z2 = hits / images, Z95**2 / images
     middle, half = p + z2 / 2, Z95 * math.sqrt(p * (1 - p) / images + z2 / (4 * images))
     return 100 * (middle - half) / (1 + z2), 100 * (middle + half) / (1 + z2)
@@ -81,7 +87,14 @@ def mcnemar(first: torch.Tensor, second: torch.Tensor) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def figures(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
+def calibration_error(confidence: torch.Tensor, hits: torch.Tensor, bins: int = 10) -> float:
+    """Return the expected calibration error in percent (https://arxiv.org/abs/1706.04599)."""
+    place = (confidence * bins).long().clamp(max=bins - 1)  # bins of equal width in confidence
+    gap = torch.bincount(place, confidence.double() - hits.double(), bins)
+    return 100 * gap.abs().sum().item() / len(hits)
+
+
+def metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
     """Return what `--json` holds, from logits (N, classes) and labels (N,); accuracies in percent.
 
     The mean per-class accuracy is over the classes that have images.
@@ -89,10 +102,10 @@ def figures(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> d
     loss, accuracy = score(logits, labels)
     hits = logits.argmax(1) == labels
     top5 = (logits.topk(min(5, len(classes))).indices == labels[:, None]).any(1)
-    images, right = (torch.bincount(which, minlength=len(classes)).tolist() for which in (labels, labels[hits]))
+    count, right = (torch.bincount(which, minlength=len(classes)) for which in (labels, labels[hits]))
     each = [
         {"name": name, "images": n, "accuracy": 100 * r / n if n else None}
-        for name, n, r in zip(classes, images, right, strict=True)
+        for name, n, r in zip(classes, count.tolist(), right.tolist(), strict=True)
     ]
     present = [entry["accuracy"] for entry in each if entry["images"]]
     low, high = wilson(int(hits.sum()), len(labels))
@@ -104,50 +117,42 @@ def figures(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> d
         "accuracy_high": high,
         "top5_accuracy": 100 * top5.float().mean().item(),
         "mean_class_accuracy": sum(present) / len(present),
-        "calibration_error": calibration(logits.softmax(1).amax(1), hits)[0],
+        "calibration_error": calibration_error(logits.softmax(1).amax(1), hits),
         "classes": each,
     }
 
 
-def calibration(confidence: torch.Tensor, hits: torch.Tensor, bins: int = 10) -> tuple[float, torch.Tensor]:
-    """Return the expected calibration error in percent (https://arxiv.org/abs/1706.04599) and its bins.
-
-    The bins, evenly wide in confidence, are (bins, 3): share of the images, mean confidence, accuracy.
-    """
-    place = (confidence * bins).long().clamp(max=bins - 1)
-    count = torch.bincount(place, minlength=bins)
-    filled = count.clamp(min=1)
-    mean = torch.bincount(place, confidence.double(), bins) / filled
-    right = torch.bincount(place, hits.double(), bins) / filled
-    share = count / len(hits)
-    return 100 * (share * (mean - right).abs()).sum().item(), torch.stack([share, mean, right], 1)
-
-
-def summary(result: dict, other: str | None) -> str:
-    """Return what `--json` holds in lines for people; `other` is the file that was compared with."""
+def summary(result: dict, args: argparse.Namespace) -> str:
+    """Return what `--json` holds in lines for people."""
     images, accuracy = result["images"], result["accuracy"]
+    top5 = f"top-5 accuracy {result['top5_accuracy']:.2f} %  " if len(result["classes"]) > 5 else ""
     lines = [
-        f"{result['split']}: loss {result['loss']:.4f}  accuracy {accuracy:.2f} % ({accuracy * images / 100:.0f} of "
-        f"{images} images; 95 % interval {result['accuracy_low']:.1f} to {result['accuracy_high']:.1f})",
-        f"top-5 accuracy {result['top5_accuracy']:.2f} %  mean per-class accuracy "
-        f"{result['mean_class_accuracy']:.2f} %  calibration error {result['calibration_error']:.2f} %",
+        f"{result['split']}: loss {result['loss']:.4f}  accuracy {accuracy:.2f} % "
+        f"({accuracy * images / 100:.0f} of {images} images; 95 % interval "
+        f"{result['accuracy_low']:.1f} to {result['accuracy_high']:.1f})",
+        f"{top5}mean per-class accuracy {result['mean_class_accuracy']:.2f} %  "
+        f"calibration error {result['calibration_error']:.2f} %",
     ]
     if "flip_accuracy" in result:
         lines.append(f"with the mirror image: accuracy {result['flip_accuracy']:.2f} %")
-    if other:
-        versus = result["versus"]
+    if "versus" in result:
+        other, p = result["versus"], result["versus"]["p_value"]
+        verdict = "more than chance explains" if p < 0.05 else "chance alone may explain it"
         lines.append(
-            f"versus {other}: accuracy {versus['accuracy']:.2f} %, difference {versus['difference']:+.2f}, "
-            f"p = {versus['p_value']:.3g} (McNemar, exact)"
+            f"versus {args.versus}: accuracy {other['accuracy']:.2f} %; {args.ckpt} is "
+            f"{abs(other['difference']):.2f} points {'better' if other['difference'] >= 0 else 'worse'}, "
+            f"p = {p:.2g} (McNemar, exact): {verdict}"
         )
+        if args.split == "test":
+            lines.append("to choose between checkpoints, compare on --split valid")
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------- pictures
 
 
 def confusion_picture(matrix: torch.Tensor, classes: list[str]) -> torch.Tensor:
-    """Draw a confusion matrix (true, predicted) of counts, its rows normalised, as uint8 (3, H, W)."""
+    """Draw a matrix of counts (true, predicted) as uint8 (3, H, W); rows are normalised."""
     cell = 10 if len(classes) > 40 else 24
     font = ImageFont.load_default(cell)
     margin = 12 + max(int(font.getlength(name)) for name in classes)
@@ -156,7 +161,8 @@ def confusion_picture(matrix: torch.Tensor, classes: list[str]) -> torch.Tensor:
     cells = torch.stack([ink, ink, torch.full_like(ink, 255)], 2)  # white to blue
     side = cell * len(classes)
     picture = Image.new("RGB", (margin + side, side + margin), "white")
-    picture.paste(Image.fromarray(cells.numpy()).resize((side, side), Image.Resampling.NEAREST), (margin, 0))
+    enlarged = Image.fromarray(cells.numpy()).resize((side, side), Image.Resampling.NEAREST)
+    picture.paste(enlarged, (margin, 0))
     names = Image.new("RGB", (margin, side), "white")
     draw = ImageDraw.Draw(names)
     for index, name in enumerate(classes):
@@ -164,15 +170,15 @@ def confusion_picture(matrix: torch.Tensor, classes: list[str]) -> torch.Tensor:
     picture.paste(names, (0, 0))
     picture.paste(names.transpose(Image.Transpose.ROTATE_90), (margin, side))
     draw = ImageDraw.Draw(picture)
-    for index in range(0, len(classes) + 1, 5):
-        draw.line([(0, index * cell), (margin + side, index * cell)], "#cccccc")
-        draw.line([(margin + index * cell, 0), (margin + index * cell, side + margin)], "#cccccc")
+    for place in range(0, side + 1, 5 * cell):
+        draw.line([(0, place), (margin + side, place)], "#cccccc")
+        draw.line([(margin + place, 0), (margin + place, side + margin)], "#cccccc")
     draw.text((6, side + 6), "rows: true\ncolumns:\npredicted", "black", font)
     return pil_to_tensor(picture)
 
 
 def captioned_grid(images: torch.Tensor, captions: list[str], columns: int = 8) -> torch.Tensor:
-    """Lay pictures, uint8 (N, 3, S, S), out in a grid, each over its caption, as uint8 (3, H, W)."""
+    """Lay out images, uint8 (N, 3, S, S), over their captions, as uint8 (3, H, W)."""
     size, text = images.shape[-1], 58
     rows = math.ceil(len(images) / columns)
     picture = Image.new("RGB", (columns * (size + 6), rows * (size + text)), "white")
@@ -184,74 +190,112 @@ def captioned_grid(images: torch.Tensor, captions: list[str], columns: int = 8) 
     return pil_to_tensor(picture)
 
 
-def reliability_picture(bins: torch.Tensor, size: int = 400) -> torch.Tensor:
-    """Draw accuracy over confidence as bars, from `calibration`'s bins, as uint8 (3, size, size)."""
-    picture = Image.new("RGB", (size, size), "white")
-    draw, font, edge = ImageDraw.Draw(picture), ImageFont.load_default(14), 40
-    span, wide = size - 2 * edge, (size - 2 * edge) / len(bins)
-    for index, (share, _, accuracy) in enumerate(bins.tolist()):
-        left, top = edge + index * wide, size - edge - accuracy * span
-        draw.rectangle((left, top, left + wide, size - edge), "#4c72b0" if share else "white", "black")
-    draw.line((edge, size - edge, size - edge, edge), "#c44e52", 2)
-    draw.text((size / 2, size - edge / 2), "confidence, 0 to 100 %", "black", font, anchor="mm")
-    draw.text((edge, edge / 2), "accuracy, 0 to 100 %; on the line: calibrated", "black", font, anchor="lm")
-    return pil_to_tensor(picture)
-
-
-def log_analysis(writer: SummaryWriter, result: dict, logits, labels, paths: list[str], store, rows, step: int) -> None:
-    """Log figures, tables and pictures of a test.
+def log_test(writer: SummaryWriter, result: dict, logits, labels, paths, images, step: int) -> None:
+    """Log the metrics of a test, the confusion matrix, and which images and classes fail.
 
     Args:
-        result: as `figures` returns it.
-        logits, labels, paths: of the images tested, in one order.
-        store, rows: where their pictures are.
+        result: as `metrics` returns it.
+        logits, labels, paths: of the tested images, in one order.
+        images: a function that returns those at given places, uint8 (N, 3, S, S).
         step: the checkpoint's epoch.
     """
     classes = [printable(entry["name"]) for entry in result["classes"]]
-    probabilities = logits.softmax(1)
-    confidence, predicted = probabilities.max(1)
-    for name in ("loss", "accuracy", "top5_accuracy", "mean_class_accuracy", "calibration_error"):
-        writer.add_scalar(name, result[name], step)
-    matrix = torch.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2).view(len(classes), -1)
-    writer.add_image("confusion_matrix", confusion_picture(matrix, classes), step)
-    writer.add_image("reliability", reliability_picture(calibration(confidence, predicted == labels)[1]), step)
+    confidence, predicted = logits.softmax(1).max(1)
+    for tag in ("loss", "accuracy", "top5_accuracy", "mean_class_accuracy", "calibration_error"):
+        writer.add_scalar(tag, result[tag], step)
+    pairs = torch.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2)
+    picture = confusion_picture(pairs.view(len(classes), -1), classes)
+    writer.add_image("confusion_matrix", picture, step)
 
     losses = F.cross_entropy(logits, labels, reduction="none")
-    wrong = [i for i in losses.argsort(descending=True).tolist() if predicted[i] != labels[i]][:32]
-    captions = [
-        f"{printable(Path(paths[i]).name)}\n"
-        f"true: {classes[labels[i]]}\n{classes[predicted[i]]}, {confidence[i]:.0%} sure"
-        for i in wrong
-    ]
-    if wrong:
-        pictures, _ = store.batch(rows[wrong], torch.device("cpu"))
-        writer.add_image("worst_mistakes", captioned_grid(pictures, captions), step)
-    confused = Counter(pair for pair in zip(labels.tolist(), predicted.tolist(), strict=True) if pair[0] != pair[1])
-    pairs = [[classes[true], classes[guess], count] for (true, guess), count in confused.most_common(20)]
-    writer.add_text("most_confused", train.table(["true", "predicted", "images"], pairs), step)
-    ranked = sorted((entry["accuracy"], label) for label, entry in enumerate(result["classes"]) if entry["images"])
-    lines = [[classes[label], result["classes"][label]["images"], f"{accuracy:.1f}"] for accuracy, label in ranked]
-    writer.add_text("classes", train.table(["class, worst first", "images", "accuracy, %"], lines), step)
+    order = losses.argsort(descending=True).tolist()
+    worst = [i for i in order if predicted[i] != labels[i]][:32]
+    if worst:
+        captions = [
+            f"{printable(Path(paths[i]).name)}\ntrue: {classes[labels[i]]}\n"
+            f"{classes[predicted[i]]}, {confidence[i]:.0%} sure"
+            for i in worst
+        ]
+        writer.add_image("worst_mistakes", captioned_grid(images(worst), captions), step)
+    confused = Counter(
+        (classes[true], classes[guess])
+        for true, guess in zip(labels.tolist(), predicted.tolist(), strict=True)
+        if true != guess
+    )
+    rows = [[*pair, count] for pair, count in confused.most_common(20)]
+    writer.add_text("most_confused", table(["true", "predicted", "images"], rows), step)
+    tested = [(entry["accuracy"], label) for label, entry in enumerate(result["classes"])]
+    ranked = sorted((accuracy, label) for accuracy, label in tested if accuracy is not None)
+    rows = [[classes[i], result["classes"][i]["images"], f"{a:.1f}"] for a, i in ranked]
+    writer.add_text("classes", table(["class, worst first", "images", "accuracy, %"], rows), step)
     for _, label in ranked[:5]:
-        writer.add_pr_curve(f"precision_recall/{classes[label]}", labels == label, probabilities[:, label], step)
+        tag = f"precision_recall/{classes[label]}"
+        writer.add_pr_curve(tag, labels == label, logits.softmax(1)[:, label], step)
 
 
-# ------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------- commands
 
 
-def predict(args: argparse.Namespace, checkpoint: dict, network: torch.nn.Module, size: int, compute: Compute) -> bool:
-    """Print the five likeliest classes of each of `--images`; return whether all could be read."""
+def write_json(target: str | None, value: object) -> None:
+    """Write `value` to the file `target`, to standard output for `-`, nowhere for None."""
+    if target == "-":
+        print(json.dumps(value, indent=2))
+    elif target:
+        with complete_file(Path(target), "w") as file:
+            json.dump(value, file, indent=2)
+        print(f"results written to {target}")
+
+
+def write_predictions(target: str | None, rows: list[list]) -> None:
+    """Write a CSV file of COLUMNS, a row for each image; nothing for None."""
+    if target:
+        options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+        with complete_file(Path(target), "w", **options) as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
+
+
+def load_network(path: str, stride: int, compute: Compute) -> tuple[AlexNet, dict]:
+    """Return the network in a checkpoint, on the device, and the rest of the checkpoint.
+
+    Its "args" are those of the training, or those of the report for weights of another script.
+    """
+    checkpoint = load(path)
+    if "optimizer" in checkpoint and "history" in checkpoint:
+        raise CheckpointError(f"{path}: is for --resume; test the best checkpoint, beside it")
+    try:
+        network = build(checkpoint, stride)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    report = {"data": "data", "cache": default_cache(), "test_size": 224, "precision": "auto"}
+    checkpoint["args"] = report | checkpoint.get("args", {})
+    return network.to(compute.device, memory_format=memory_format(compute.device)), checkpoint
+
+
+@torch.inference_mode()
+def predict(args: argparse.Namespace, network: AlexNet, checkpoint: dict, compute: Compute) -> bool:
+    """Print the five likeliest classes of each of `--images`; return whether all can be read."""
     count = network.classifier[-1].out_features
     classes = checkpoint.get("classes", [f"class {label}" for label in range(count)])
-    answers = []
+    answers, rows = [], []
     for path in map(Path, args.images):
-        inside = [path]
-        if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
-            inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        answers += [name_picture(file, classes, network, size, compute) for file in inside]
-        if not inside:
-            answers.append({"path": str(path), "error": "no pictures in this folder"})
+        files = sorted(file for file in walk(path) if is_image(file)) if path.is_dir() else [path]
+        if not files:
+            answers.append({"path": str(path), "error": "no images in this folder"})
+        for file in files:
+            image, _, error = try_decode(file)
+            if error:
+                answers.append({"path": str(file), "error": error})
+                continue
+            images = image.permute(2, 0, 1)[None].to(compute.device)
+            with compute.autocast():
+                logits = network(to_inputs(images, checkpoint["args"]["test_size"]))
+            likely = logits[0].float().softmax(0).topk(min(5, count))
+            guesses = [
+                {"class": classes[label], "probability": probability}
+                for label, probability in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
+            ]
+            answers.append({"path": str(file), "predictions": guesses})
+            rows.append([file, "", guesses[0]["class"], guesses[0]["probability"], ""])
     for answer in answers:
         if "error" in answer:
             print(f"test.py: {answer['path']}: {answer['error']}", file=sys.stderr)
@@ -260,67 +304,19 @@ def predict(args: argparse.Namespace, checkpoint: dict, network: torch.nn.Module
             for guess in answer["predictions"]:
                 print(f"  {100 * guess['probability']:5.1f} %  {guess['class']}")
     write_json(args.json, answers)
+    write_predictions(args.predictions, rows)
     return not any("error" in answer for answer in answers)
 
 
-@torch.inference_mode()
-def name_picture(path: Path, classes: list[str], network: torch.nn.Module, size: int, compute: Compute) -> dict:
-    """Return a picture's path with its likeliest classes and their probabilities, or with an error."""
-    image, checksum = try_decode(path)
-    if not checksum:
-        return {"path": str(path), "error": "can't be read as a picture" if path.is_file() else "no such file"}
-    with compute.autocast():
-        logits = network(prepare(image.permute(2, 0, 1)[None].to(compute.device), size))
-    likely = logits[0].float().softmax(0).topk(min(5, len(classes)))
-    guesses = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
-    return {"path": str(path), "predictions": [{"class": classes[i], "probability": p} for i, p in guesses]}
-
-
-def write_json(target: str | None, value: object) -> None:
-    """Write `value` to the file `target`, to standard output where that is `-`, nowhere for None."""
-    if target == "-":
-        print(json.dumps(value, indent=2))
-    elif target:
-        with replacing(target, "w") as file:
-            json.dump(value, file, indent=2)
-
-
-def write_predictions(target: str, logits: torch.Tensor, labels: torch.Tensor, classes: list[str], paths: list[str]):
-    """Write a CSV file with a row for each image."""
-    confidence, predicted = logits.softmax(1).max(1)
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    columns = (paths, labels.tolist(), predicted.tolist(), confidence.tolist(), losses.tolist())
-    with replacing(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "true_class", "predicted_class", "confidence", "loss"])
-        for path, true, guess, *numbers in zip(*columns, strict=True):
-            writer.writerow([path, classes[true], classes[guess], *numbers])
-
-
-def trained_with(checkpoint: dict) -> dict:
-    """Return the arguments of training; for a bare `state_dict`, those of the report."""
-    return DEFAULTS | RECIPES["report"] | checkpoint.get("args", {})
-
-
-def build_from(path: str, checkpoint: dict, stride: int, compute: Compute) -> torch.nn.Module:
-    """Return the network of the checkpoint that was read from `path`, on the device."""
-    try:
-        if "optimizer" in checkpoint:
-            raise CheckpointError("is there for --resume; test the best checkpoint, which lies beside it")
-        return build(checkpoint, stride).to(compute.device, memory_format=layout(compute.device))
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
 def open_store(args: argparse.Namespace, checkpoint: dict, count: int) -> ImageStore:
-    """Open the data set that the checkpoint, a network of `count` classes, was trained on.
+    """Return the images that a network of `count` classes was trained on.
 
     Raises:
-        DataError: its classes are others.
+        DataError: the classes are others.
     """
-    trained = trained_with(checkpoint)
-    cache = args.cache or (trained["cache"] if Path(trained["cache"]).is_dir() else DEFAULTS["cache"])
-    # the manifest says which pictures are needed: others may well be unreadable
+    trained = checkpoint["args"]
+    cache = args.cache or (trained["cache"] if Path(trained["cache"]).is_dir() else default_cache())
+    # the split says which images are needed; others may be unreadable
     store = ImageStore(args.data or trained["data"], cache, skip_bad_images=True)
     if checkpoint.get("classes", store.classes) != store.classes or len(store.classes) != count:
         raise DataError(
@@ -330,72 +326,91 @@ def open_store(args: argparse.Namespace, checkpoint: dict, count: int) -> ImageS
     return store
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Test or predict as `argv` says (default: the command line)."""
-    args = parse(argv)
-    checkpoint = load(args.ckpt)
-    trained = trained_with(checkpoint)
-    compute = set_up(args.device or "auto", args.precision or trained["precision"])
-    network = build_from(args.ckpt, checkpoint, args.stride, compute)
-    if args.images:
-        sys.exit(0 if compute.rank or predict(args, checkpoint, network, trained["test_size"], compute) else 1)
-
-    say = print if compute.rank == 0 and args.json != "-" else lambda _: None
-    with compute.first_on_machine():
-        store = open_store(args, checkpoint, network.classifier[-1].out_features)
-    store.move_to(compute.device)
-    if "split" in checkpoint:
-        say(f"{args.ckpt}: epoch {checkpoint['epoch']}, valid accuracy {checkpoint['valid_accuracy']:.2f} %")
-    elif compute.rank == 0:
-        problem = f"holds no split: it is drawn from --seed {args.seed}, and can't be checked"
-        print(f"test.py: {args.ckpt}: {problem}", file=sys.stderr)
-    paths = (checkpoint["split"] if "split" in checkpoint else split(store.paths, args.seed))[args.split]
-    rows = store.rows(paths)
-    labels = store.labels.cpu()[rows]
-    if compute.rank == 0 and checkpoint.get("fingerprint", store.fingerprint) != store.fingerprint:
-        print(
-            f"test.py: {store.root}: images have changed since the training, which may have seen these", file=sys.stderr
-        )
-
-    logits = evaluate(network, store, rows, trained["test_size"], compute)
-    result = {"split": args.split, **figures(logits, labels, store.classes)}
-    if args.flip:
-        both = logits.softmax(1) + evaluate(network, store, rows, trained["test_size"], compute, flip=True).softmax(1)
-        result["flip_accuracy"] = score(both, labels)[1]
-    if args.versus:
-        result["versus"] = compare(args, paths, logits.argmax(1) == labels, store, rows, compute)
-    say(summary(result, args.versus))
-    if compute.rank == 0:
-        write_json(args.json, result)
-        if args.predictions:
-            write_predictions(args.predictions, logits, labels, store.classes, paths)
-        if args.split == "test":
-            run = Path(checkpoint.get("run", Path("runs", Path(args.ckpt).stem)))
-            if args.logdir or not os.access(run, os.W_OK):  # moved, or trained elsewhere or by another user
-                run = Path(args.logdir or "runs", run.name)
-            step = checkpoint.get("epoch", 0)
-            with SummaryWriter(run / "test", purge_step=step) as writer:
-                log_analysis(writer, result, logits, labels, paths, store, rows, step)
+def warn(args: argparse.Namespace, checkpoint: dict, store: ImageStore, manifest: dict) -> None:
+    """Say on standard error what makes the result less than a test on unseen images."""
+    notes = []
+    if "split" not in checkpoint:
+        notes.append(f"{args.ckpt}: has no split; it is drawn from --seed {args.seed}, unverified")
+    if checkpoint.get("fingerprint", store.fingerprint) != store.fingerprint:
+        changes = store.changes(checkpoint.get("checksums", store.checksums))
+        notes.append(f"{store.root}: the images have changed since training: {changes}")
+    if args.split != "train":
+        seen = {store.checksums[path] for path in manifest["train"] if path in store.checksums}
+        copies = [path for path in manifest[args.split] if store.checksums[path] in seen]
+        if copies:
+            notes.append(f"{len(copies)} of these images, such as {copies[0]!r}, are copies of training images")
+    for note in notes:
+        print(f"test.py: {note}", file=sys.stderr)
 
 
-def compare(args, paths: list[str], hits: torch.Tensor, store, rows: torch.Tensor, compute: Compute) -> dict:
-    """Return `--versus`'s accuracy on the same images, the difference to ours, and its p-value.
+def compare(args, paths: list[str], hits: torch.Tensor, store: ImageStore, rows, compute) -> dict:
+    """Return the accuracy of `--versus` on the same images, how much better ours is, and p.
 
     Raises:
-        DataError: the other checkpoint's images or classes are others.
+        DataError: its images or classes are others.
     """
-    other = load(args.versus)
+    network, other = load_network(args.versus, args.stride, compute)
     if sorted(other.get("split", {}).get(args.split, [])) != sorted(paths):
-        raise DataError(f"{args.versus}: its {args.split} split is not that of {args.ckpt}; nothing to compare")
-    if other.get("classes") != store.classes:  # else its labels would mean other things
-        raise DataError(f"{args.versus}: its classes are not those of {args.ckpt}; nothing to compare")
-    network = build_from(args.versus, other, args.stride, compute)
-    labels = store.labels.cpu()[rows]
-    size = trained_with(other)["test_size"]
-    other_hits = evaluate(network, store, rows, size, compute).argmax(1) == labels
+        raise DataError(f"{args.versus}: its {args.split} split is not that of {args.ckpt}")
+    if other.get("classes") != store.classes:  # labels mean other things
+        raise DataError(f"{args.versus}: its classes are not those of {args.ckpt}")
+    logits = evaluate(network, store, rows, other["args"]["test_size"], compute)
+    other_hits = logits.argmax(1) == store.labels.cpu()[rows]
     ours, theirs = (100 * h.float().mean().item() for h in (hits, other_hits))
     return {"accuracy": theirs, "difference": ours - theirs, "p_value": mcnemar(hits, other_hits)}
 
 
+def main(argv: list[str] | None = None) -> None:
+    """Test or predict as `argv` says (default: the command line)."""
+    args = parse(argv)
+    precision = args.precision or load(args.ckpt, verify=False).get("args", {}).get("precision", "auto")
+    compute = set_up(args.device, precision)
+    network, checkpoint = load_network(args.ckpt, args.stride, compute)
+    if args.images:
+        sys.exit(0 if compute.rank or predict(args, network, checkpoint, compute) else 1)
+
+    with compute.first_on_machine():
+        store = open_store(args, checkpoint, network.classifier[-1].out_features)
+    manifest = checkpoint.get("split") or split(store, args.seed)
+    paths, size = manifest[args.split], checkpoint["args"]["test_size"]
+    rows = store.rows(paths)
+    labels = store.labels[rows]
+    store.move_to(compute.device)
+    logits = evaluate(network, store, rows, size, compute)
+    result = {"split": args.split, **metrics(logits, labels, store.classes)}
+    if args.flip:
+        mirrored = evaluate(network, store, rows, size, compute, flip=True)
+        both = logits.softmax(1) + mirrored.softmax(1)
+        result["flip_accuracy"] = score(both, labels)[1]
+    if args.versus:
+        result["versus"] = compare(args, paths, logits.argmax(1) == labels, store, rows, compute)
+    if compute.rank:
+        return
+    warn(args, checkpoint, store, manifest)
+    if args.json != "-":
+        if "split" in checkpoint:
+            accuracy = f"valid accuracy {checkpoint['valid_accuracy']:.2f} %"
+            print(f"{args.ckpt}: epoch {checkpoint['epoch']}, {accuracy}")
+        print(summary(result, args))
+    write_json(args.json, result)
+    confidence, predicted = logits.softmax(1).max(1)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    columns = (paths, labels.tolist(), predicted.tolist(), confidence.tolist(), losses.tolist())
+    names = store.classes
+    table = [[path, names[t], names[p], *more] for path, t, p, *more in zip(*columns, strict=True)]
+    write_predictions(args.predictions, table)
+    if args.split == "test":
+        run = Path(checkpoint.get("run", Path("runs", Path(args.ckpt).stem)))
+        if args.logdir or not os.access(run, os.W_OK):  # moved, or trained by another user
+            run = Path(args.logdir or "runs", run.name)
+        step = checkpoint.get("epoch", 0)
+
+        def images(places):
+            return store.batch(rows[places].to(store.pixels.device), torch.device("cpu"))[0]
+
+        with SummaryWriter(run / "test", purge_step=step) as writer:
+            log_test(writer, result, logits, labels, paths, images, step)
+
+
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(main)

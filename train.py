@@ -1,20 +1,22 @@
 """Train AlexNet from scratch on Caltech101, or on any folder of class folders.
 
-    python train.py --epochs 30 --lr 1e-4       # the report's experiment
-    python train.py --recipe strong             # the same network, trained better
-    python train.py --resume                    # go on where a run was interrupted
+    python train.py --epochs 30 --lr 1e-4       # the report's experiment: 69.9 % on the test split
+    python train.py --recipe strong             # the same network, trained better: 81.3 %
+    python train.py --resume                    # continue where a run was interrupted
     torchrun --standalone --nproc-per-node=4 train.py --epochs 30 --lr 1e-4
 
-Random numbers are looked up, never carried: the order and the augmentation of an epoch depend on
-the seed and the epoch, dropout on the step and the process as well. So a run that goes on from any
-step sees the very numbers that an unbroken one does, and any number of processes the same pictures.
+The order and the augmentation of an epoch depend only on the seed and the epoch, dropout on the
+step and the process as well. So a run that is resumed at any step sees the same random numbers as
+an unbroken one, and any number of processes see the same images.
 """
 
 import argparse
 import contextlib
+import copy
 import csv
 import difflib
 import itertools
+import json
 import math
 import os
 import platform
@@ -29,15 +31,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once: huge pages spare page faults
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages; torch reads it once, at import
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -45,284 +45,257 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import data
-from data import UNIFORMS, DataError, ImageStore, denormalize, generator, layout, prepare, seed_of, split
-from model import FORMAT, AlexNet, CheckpointError, check_writable, init_he, load, replacing, save, whiten
+from data import DataError, ImageStore, generator, memory_format, seed_of, split, to_inputs
+from model import AlexNet, CheckpointError, check_writable, init_he, load, save, transfer, whiten
 
-RECIPES = {  # a recipe is a set of defaults for ordinary flags
+# --------------------------------------------------------------------------- recipes and flags
+
+RECIPES = {  # defaults of flags, for 30 epochs; --warmup-epochs grows with --epochs
     "report": dict(
         lr=1e-4, schedule="constant", warmup_epochs=0, weight_decay=0.0, label_smoothing=0.0,
-        augment="none", train_size="224", test_size=224, ema=0.0, dropout=0.5, init="default",
+        augment="none", train_size="224", ema=0.0, dropout=0.5, init="default",
     ),
     "strong": dict(
         lr=3e-4, schedule="cosine", warmup_epochs=2, weight_decay=1.0, label_smoothing=0.1,
-        augment="crop,color,trivial", train_size="80-128", test_size=128, ema=0.998, dropout=0.3, init="whiten",
+        augment="crop,color,trivial", train_size="80-128", ema=0.998, dropout=0.3, init="whiten",
     ),
 }  # fmt: skip
-MAY_CHANGE = {"epochs", "data", "cache", "device", "ckpt", "logdir", "resume"}  # when a run goes on
+INITS = ("default", "he", "whiten")  # or a file
+MAY_CHANGE = {"epochs", "data", "cache", "device", "ckpt", "logdir", "resume"}  # on --resume
 EVAL_BATCH = 128  # images in a batch without gradients
-VERSIONS = {  # that a result depends on, and that of the checkpoint's format
-    "format": FORMAT, "python": platform.python_version(),
+VERSIONS = {  # what a result depends on besides the arguments
+    "program": 2, "python": platform.python_version(),
     "torch": str(torch.__version__), "torchvision": torchvision.__version__,
 }  # fmt: skip
 
 
-class UsageError(Exception):
-    """The command line makes no sense; the message says what does."""
-
-
 class TrainingError(Exception):
-    """Training or testing can't go on; the message says what to change."""
-
-
-# ---------------------------------------------------------------------------------- command line
+    """Training or testing cannot continue; the message says what to change."""
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with the nearest flag for a misspelt one."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=layout, **options)
 
     def error(self, message: str):
         if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
             message += f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"{message} (see --help)")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
 
 def number(kind: type, low: float, high: float):
     """Return a parser of numbers from `low` to `high`, for argparse's `type`."""
 
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+    def parse_number(text: str):
+        value = kind(text)
         if not low <= value <= high:  # NaN is outside too
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return value
 
-    return parse
+    parse_number.__name__ = "whole number" if kind is int else "number"  # argparse's word for it
+    return parse_number
 
 
 def matching(pattern: str, meaning: str):
-    """Return a check that a text is what `pattern` describes, for argparse's `type`."""
+    """Return a check that a text matches `pattern`, for argparse's `type`."""
 
-    def parse(text: str) -> str:
+    def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
             raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}")
         return text
 
-    return parse
+    return check
 
 
-def file_name(text: str) -> str:
-    """Return `text` if it can be the name of a checkpoint, for argparse's `type`."""
-    if text.endswith(("/", os.sep)) or not Path(text).stem.removesuffix(".last").strip("."):
-        raise argparse.ArgumentTypeError(f"{text!r} names no file")
-    return text
+def path(text: str) -> str:
+    """Return `text` with ~ expanded, for argparse's `type`."""
+    return os.path.expanduser(text)
 
 
-TEXT = matching("[^\ud800-\udfff]*", "text that UTF-8 can hold")  # which torch and TensorBoard need
-NAMES, PIXELS = "|".join(data.AUGMENTATIONS), r"(6[4-9]|[7-9]\d|[1-4]\d\d)"
-FLAGS = {  # by group: the type or the choices, the default unless recipes give it, the help
-    "experiment": {
-        "recipe": (list(RECIPES), "report", "defaults for the flags that name one for each"),
-        "epochs": (number(int, 1, 100_000), 30, "passes over the training images"),
-        "batch_size": (number(int, 1, 65_536), 64, "images in a step, over all processes"),
-        "lr": (number(float, 1e-12, 100), ..., "peak learning rate of Adam"),
-        "schedule": (["constant", "cosine"], ..., "of the learning rate, after the warm-up"),
-        "warmup_epochs": (number(int, 0, 10_000), ..., "in which the rate rises from 0"),
-        "weight_decay": (number(float, 0, 100), ..., "decoupled, as in AdamW"),
-        "label_smoothing": (number(float, 0, 0.99), ..., "share of the target that all classes get evenly"),
-        "augment": (matching(f"none|({NAMES})(,({NAMES}))*", f"none or some of {NAMES.replace('|', ',')}"), ...,
-                    f"none, or some of {NAMES.replace('|', ',')}"),
-        "train_size": (matching(f"{PIXELS}(-{PIXELS})?", "a size from 64 to 499 or two of them, as 128-224"), ...,
-                       "pixels a side; A-B grows from A to B over the first 80 %% of the epochs"),
-        "test_size": (number(int, 64, 499), ..., "pixels a side in validation and test"),
-        "ema": (number(float, 0, 0.99999), ...,
-                "decay a step of averaged weights, then those tested and saved; 0: none"),
-        "init": (["default", "he", "whiten"], ...,
-                 "initial weights: PyTorch's; He's; or those after a first layer that whitens patches"),
-        "seed": (number(int, 0, 2**32), 0, "decides split, weights, order, augmentation and dropout"),
-    },
-    "network": {
-        "stride": ([2, 4], 2, "of the first convolution: 2 is the report's, 4 torchvision's"),
-        "dropout": (number(float, 0, 0.99), ..., "probability"),
-    },
-    "data": {
-        "data": (str, data.DEFAULT_DATA, "folder that holds 101_ObjectCategories, or any folder of "
-                 "class folders, or 'sample' to have a small one drawn; the default is downloaded if missing"),
-        "cache": (TEXT, data.default_cache(), "folder for the decoded images"),
-        "skip_bad_images": (bool, False, "go on without the images that can't be read"),
-    },
-    "machine": {
-        "device": (matching(r"auto|cpu|cuda(:[0-9]{1,2})?|mps", "one of auto, cpu, cuda, cuda:N, mps"), "auto",
-                   "auto, cpu, cuda, cuda:N or mps"),
-        "precision": (["auto", "fp32", "bf16", "fp16"], "auto", "auto: 16 bits where the device is built for it"),
-        "compile": (bool, False, "torch.compile the network"),
-        "deterministic": (bool, False, "the same figures each time on CUDA too, more slowly"),
-        "bf16_gradients": (bool, False, "halve what several processes exchange"),
-    },
-    "output": {
-        "ckpt": (file_name, "alexnet.pth", "best checkpoint; NAME.last.pth beside it holds what --resume needs"),
-        "resume": (file_name, False, "go on with --ckpt's run or that of the given NAME.last.pth, with its arguments; "
-                   "of these, --epochs, --data, --cache, --device and --logdir may be changed"),
-        "logdir": (TEXT, "runs", "folder of the runs that TensorBoard shows"),
-        "name": (TEXT, None, "of the run (default: date and time)"),
-    },
-}  # fmt: skip
-DEFAULTS = {name: default for flags in FLAGS.values() for name, (_, default, _) in flags.items()}
+def utf8_path(text: str) -> str:
+    """Return `text` with ~ expanded; torch and TensorBoard need UTF-8."""
+    text.encode()
+    return path(text)
 
 
-def add_flag(group, name: str) -> None:
-    """Add one of FLAGS to a parser or a group of one, with its default in the help."""
-    kind, default, text = next(flags[name] for flags in FLAGS.values() if name in flags)
-    if default is ...:
-        text += f" ({', '.join(f'{recipe}: {defaults[name]}' for recipe, defaults in RECIPES.items())})"
-    elif default is not None and default is not False:  # which 0 equals
-        text += f" (default: {default})".replace("%", "%%")
-    options = {"type": kind, "metavar": name.split("_")[-1].upper()}
-    if kind is bool:
-        options = {"action": "store_true"}
-    elif isinstance(kind, list):
-        options = {"type": type(kind[0]), "choices": kind}
-    elif name == "resume":
-        options |= {"nargs": "?", "const": True, "metavar": "FILE"}
-    group.add_argument("--" + name.replace("_", "-"), help=text, **options)
+def get_parser() -> Parser:
+    """Return the parser of train.py's flags, with the report's defaults."""
+    names = "|".join(data.AUGMENTATIONS)
+    augment = matching(f"none|({names})(,({names}))*", f"none or some of {names.replace('|', ',')}")
+    sizes = r"(6[4-9]|[7-9]\d|1\d\d|2[01]\d|22[0-4])"  # 64 to 224
+    train_size = matching(f"{sizes}(-{sizes})?", "a size from 64 to 224 or two of them, as 80-128")
+    device = matching(r"auto|cpu|mps|cuda(:\d{1,2})?", "one of auto, cpu, mps, cuda, cuda:N")
+    name = matching(r"(?!\.\.?$)[^/\\\ud800-\udfff]+", "a plain name, without folders")
+    ckpt = matching(r"(?s)(.*[/\\])?(?!\.*(last\.*)?$)[^/\\]+", "the name of a file")
+    parser = Parser(prog="train.py", description=__doc__)
+
+    add = parser.add_argument_group("experiment").add_argument
+    add("--recipe", choices=list(RECIPES), default="report", help="defaults for the flags that "
+        "name two defaults, of report and strong (default: %(default)s)")
+    add("--epochs", type=number(int, 1, 100_000), default=30, help="(default: %(default)s)")
+    add("--batch-size", type=number(int, 1, 65_536), default=64,
+        help="images in a step, over all processes (default: %(default)s)")
+    add("--lr", type=number(float, 1e-12, 100), help="peak learning rate of Adam (1e-4, 3e-4)")
+    add("--schedule", choices=["constant", "cosine"],
+        help="of the learning rate after the warm-up (constant, cosine)")
+    add("--warmup-epochs", type=number(float, 0, 10_000),
+        help="in which the learning rate rises from 0 (0, a fifteenth of --epochs)")
+    add("--weight-decay", type=number(float, 0, 100), help="decoupled, as in AdamW (0, 1)")
+    add("--label-smoothing", type=number(float, 0, 0.99),
+        help="share of the target that all classes get evenly (0, 0.1)")
+    add("--augment", type=augment, help=f"none, or some of {names.replace('|', ',')} "
+        "(none; crop,color,trivial)")
+    add("--train-size", type=train_size, help="pixels, height and width; A-B grows from A to B over "
+        "the first 80 %% of the epochs (224, 80-128)")
+    add("--test-size", type=number(int, 64, data.SIZE),
+        help="pixels, height and width, in validation and test (default: the largest --train-size)")
+    add("--ema", type=number(float, 0, 0.99999), help="decay a step of averaged weights, which are "
+        "then tested and saved; 0: no averaging (0, 0.998)")
+    add("--init", type=path, help="initial weights: default (PyTorch's), he, whiten (he, and a first "
+        "layer that whitens patches), or FILE: a checkpoint or another state_dict of AlexNet, such "
+        "as torchvision's (default, whiten)")
+    add("--seed", type=number(int, 0, 2**32), default=0,
+        help="of split, weights, order, augmentation and dropout (default: %(default)s)")
+
+    add = parser.add_argument_group("network").add_argument
+    add("--stride", type=int, choices=[2, 4], default=2,
+        help="of the first convolution: 2 is the report's, 4 torchvision's (default: %(default)s)")
+    add("--dropout", type=number(float, 0, 0.99), help="probability (0.5, 0.3)")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", type=path, default=data.DEFAULT_DATA, help="a folder of class folders, also inside "
+        "of train, val and test; or 'sample', a small data set that is drawn. The default is "
+        "downloaded if it is missing: Caltech101 (default: %(default)s)")
+    add("--cache", type=utf8_path, default=data.default_cache(),
+        help="folder for the decoded images (default: a folder in the user's cache folder)")
+    add("--skip-bad-images", action="store_true", help="continue without images that cannot be read")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", type=device, default="auto",
+        help="auto, cpu, mps, cuda or cuda:N (default: %(default)s)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
+        help="auto: 16 bits where the device computes so natively (default: %(default)s)")
+    add("--deterministic", action="store_true", help="the same numbers each time on CUDA, slower")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--name", type=name, help="of the run (default: date and time)")
+    add("--ckpt", type=lambda text: path(ckpt(text)), help="best checkpoint; NAME.last.pth beside it "
+        "holds what --resume needs (default: the --name and .pth, or alexnet.pth)")
+    add("--resume", action="store_true", help="continue --ckpt's run, with its arguments; --epochs, "
+        "--data, --cache, --device and --logdir may be changed")
+    add("--logdir", type=utf8_path, default="runs",
+        help="folder of the runs that TensorBoard shows (default: %(default)s)")
+    return parser  # fmt: skip
 
 
 def last_path(ckpt: str) -> Path:
-    """Return where the resume checkpoint of `ckpt` lies: alexnet.pth -> alexnet.last.pth."""
+    """Return where the checkpoint for --resume lies: alexnet.pth -> alexnet.last.pth."""
     path = Path(ckpt)
     return path.with_name(f"{path.stem}.last{path.suffix}")
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
-    """Return the arguments and, when a run goes on, its resume checkpoint."""
-    parser = Parser(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS)
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for name in flags:
-            add_flag(group, name)
-    given = vars(parser.parse_args(argv))  # only what was given, so that it can be told from defaults
-    args = DEFAULTS | RECIPES[given.get("recipe", DEFAULTS["recipe"])] | given
-    resume, checkpoint = args["resume"], None
-    if isinstance(resume, str):
-        args["ckpt"] = re.sub(r"\.last(\.[^./\\]+)?$", r"\1", resume)  # which may be the best checkpoint's name as well
-        if os.path.abspath(given.get("ckpt", args["ckpt"])) != os.path.abspath(args["ckpt"]):
-            parser.error(f"--ckpt {given['ckpt']} contradicts --resume {resume}, which goes with {args['ckpt']}")
-    last = last_path(args["ckpt"])
-    if resume:
-        checkpoint = load(last)
-        if "optimizer" not in checkpoint:
-            raise CheckpointError(f"{last}: is not a resume checkpoint; train.py writes one as NAME.last.pth")
-    elif job() and last.exists():
-        with contextlib.suppress(CheckpointError):  # a new run replaces whatever lies there
-            found = load(last)
-            checkpoint = found if found.get("job") == job() else None  # of this run, restarted by torchrun
-    elif not job() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # nothing says whose `last` is
-        parser.error("torchrun restarts a run only with --rdzv-id or --standalone; go on with --resume")
-    if checkpoint:
-        stored = checkpoint["args"]
-        wrong = [name for name in given if name not in MAY_CHANGE and stored.get(name) != given[name]]
-        if wrong:
-            flag = "--" + wrong[0].replace("_", "-")
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
+    """Return the arguments and, when a run is resumed, its checkpoint.
+
+    The command line wins over the checkpoint, and that over the recipe.
+    """
+    parser = get_parser()
+    first, _ = parser.parse_known_args(argv)
+    recipe = RECIPES[first.recipe] | {"ckpt": f"{first.name}.pth" if first.name else "alexnet.pth"}
+    recipe["warmup_epochs"] *= first.epochs / 30
+    parser.set_defaults(**recipe)
+    last = last_path(first.ckpt or recipe["ckpt"])
+    checkpoint = load_last(last) if first.resume else restarted(last, parser)
+    stored = checkpoint["args"] if checkpoint else {}
+    kept = vars(first).keys() - {"ckpt", "resume"}
+    parser.set_defaults(**{name: value for name, value in stored.items() if name in kept})
+    args = parser.parse_args(argv)
+    for name in kept - MAY_CHANGE:
+        if name in stored and stored[name] != getattr(args, name):
+            flag = "--" + name.replace("_", "-")
             parser.error(
-                f"{flag} {given[wrong[0]]} contradicts the run in {last}, which has {stored.get(wrong[0])}; "
+                f"{flag} {getattr(args, name)} contradicts the run in {last}, which has {stored[name]}; "
                 f"leave {flag} out, or start a new run without --resume"
             )
-        args |= stored | {"ckpt": args["ckpt"]} | given
-    for name in ("data", "cache", "logdir"):  # so that they are found again from any folder
-        if (name, args[name]) != ("data", "sample"):
-            args[name] = os.path.abspath(args[name])
-    args = argparse.Namespace(**args)
     if checkpoint and args.epochs < checkpoint["epoch"]:
-        parser.error(f"--epochs {args.epochs}: the run in {last} has already trained {checkpoint['epoch']}")
-    if args.warmup_epochs and args.warmup_epochs >= args.epochs:
-        parser.error(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
-    if args.name is not None and (Path(args.name).name != args.name or args.name in ("", "..")):
-        parser.error(f"--name {args.name!r} must be a plain name, without folders")
+        parser.error(f"--epochs {args.epochs}: the run in {last} has trained {checkpoint['epoch']} epochs")
+    if args.warmup_epochs >= args.epochs:
+        parser.error(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}")
+    if args.init not in INITS:
+        if not checkpoint and not os.path.isfile(args.init):
+            parser.error(f"--init {args.init}: neither default, he or whiten nor a file")
+        args.init = os.path.abspath(args.init)
+    args.test_size = args.test_size or size_range(args.train_size)[1]
+    for name in ("data", "cache", "logdir"):  # so that test.py finds them from any folder
+        if (name, getattr(args, name)) != ("data", "sample"):
+            setattr(args, name, os.path.abspath(getattr(args, name)))
     return args, checkpoint
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Tell whether an error is that of a device, or the machine, without enough memory."""
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+def load_last(path: Path) -> dict:
+    """Read the checkpoint that --resume needs; process 0 verifies it for all."""
+    checkpoint = load(path, verify=os.environ.get("RANK", "0") == "0")
+    if "optimizer" not in checkpoint:
+        raise CheckpointError(f"{path}: is not for --resume; train.py writes such a file as NAME.last.pth")
+    return checkpoint
 
 
-def run_cli(main) -> None:
-    """Run `main()`: what a user can mend ends as one line on standard error and an exit status."""
-    threading.excepthook = lambda _: None  # TensorBoard's writers raise again in this thread
-    if sys.stdout:  # it may be closed
-        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # a file's name may be no text
-    rank, status = os.environ.get("RANK", "0"), 1
-    try:
-        main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return
-    except KeyboardInterrupt as stop:  # that of Signals holds the signal and, mostly, some advice
-        signum, *advice = stop.args or [signal.SIGINT]
-        message, status = "; ".join(["interrupted", *advice]), 128 + signum
-        if rank != "0":
-            sys.exit(status)
-    except UsageError as error:
-        message, status = f"error: {error}", 2
-    except (DataError, CheckpointError, TrainingError) as error:
-        message = f"error: {error}"
-    except OSError as error:
-        message = f"error: {os.fsdecode(error.filename or 'output')}: {error.strerror or error}"
-    except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error):
-            message = "error: out of memory; end other programs, or give --device cpu"
-        elif isinstance(error, dist.DistError) or "gloo" in str(error):
-            message = "error: another process was lost; its own message, or torchrun's report, says why"
-        else:
-            raise
-    if rank != "0":  # process 0 most likely says the same; torchrun then ends this one
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_DFL)
-        time.sleep(5)
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(status)
+def launch_id() -> str | None:
+    """Return torchrun's id of this launch, which its restarts share; None without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name == "none" else name
 
 
-# ------------------------------------------------------------------------- device, processes, signals
+def restarted(last: Path, parser: Parser) -> dict | None:
+    """Return the checkpoint to continue with if torchrun has restarted this process after a crash."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not last.exists():
+        return None
+    if not launch_id():
+        parser.error("torchrun restarts a run only with --standalone or --rdzv-id; continue with --resume")
+    with contextlib.suppress(CheckpointError):
+        checkpoint = load_last(last)
+        return checkpoint if checkpoint.get("job") == launch_id() else None  # an earlier run's
+
+
+# ------------------------------------------------------------------------- device and processes
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and in which precision this process computes, and its place among those of torchrun."""
+    """The device and precision of this process, and its place among all processes."""
 
     device: torch.device
     dtype: torch.dtype
-    rank: int
-    size: int
-    local_rank: int
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
 
     def autocast(self) -> torch.autocast:
         """Return a context in which convolutions and matrix products compute in `dtype`."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return `tensor` added up over all processes."""
-        if self.size > 1:
-            dist.all_reduce(tensor := tensor.clone())
+        """Return the sum of `tensor` over all processes."""
+        if self.world_size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
         return tensor
 
     def max(self, value: int) -> int:
-        """Return the largest `value` of all processes. It goes from CPU to CPU, so no GPU waits."""
-        if self.size == 1:
+        """Return the largest `value` of all processes. It stays on the CPU, so no GPU waits."""
+        if self.world_size == 1:
             return value
-        dist.all_reduce(flag := torch.tensor(value), dist.ReduceOp.MAX)
+        flag = torch.tensor(value)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
         return int(flag)
 
     @contextlib.contextmanager
     def first_on_machine(self):
-        """Let one process of each machine through the block first, then the others."""
+        """Local rank 0 runs the block first, then the others do."""
         if self.local_rank:
             self.max(0)  # a barrier
         yield
@@ -331,133 +304,173 @@ class Compute:
 
 
 def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
-    """Choose device and precision, and meet the other processes if torchrun started this one.
+    """Choose device and precision, and meet the other processes of torchrun or of a cluster.
+
+    Those are PyTorch's `env://` variables: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK.
 
     Raises:
-        TrainingError: there is no such device here.
+        TrainingError: the device or a variable is missing.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    rank, size, local = (int(os.environ[name]) for name in names) if dist.is_torchelastic_launched() else (0, 1, 0)
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
     if device == "auto":
-        mps = size == 1 and torch.backends.mps.is_available()  # gloo and NCCL know no MPS
+        mps = world_size == 1 and torch.backends.mps.is_available()  # gloo and NCCL have no MPS
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if size > 1 and (device == "mps" or device.startswith("cuda:")):
-        raise TrainingError(f"--device {device} is one device for {size} processes; give --device cuda or cpu")
-    chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
+    if world_size > 1 and (device == "mps" or device.startswith("cuda:")):
+        raise TrainingError(f"--device {device} is one device for {world_size} processes; give cuda or cpu")
+    chosen = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if chosen.type == "cuda":
         if chosen.index >= torch.cuda.device_count():
-            raise TrainingError(f"--device {device}: {torch.cuda.device_count()} such devices here; try --device cpu")
+            found = torch.cuda.device_count()
+            raise TrainingError(f"--device {chosen}: {found} CUDA devices here; try --device cpu")
         torch.cuda.set_device(chosen)
     elif chosen.type == "mps" and not torch.backends.mps.is_available():
         raise TrainingError("--device mps: no such device here; try --device cpu")
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    if size > 1:
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        store, _, _ = next(rendezvous("env://"))
-        if os.environ["GROUP_WORLD_SIZE"] == "1":  # torchrun keeps its store when it restarts the processes of
-            # one machine, and with it the addresses of those that died
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return Compute(chosen, choose_precision(chosen, precision), rank, size, local)
-
-
-def job() -> str | None:
-    """Return torchrun's id of this run: the same after a restart, another after a new start; None without one."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if name == "none" else name
+    if world_size > 1:
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        except ValueError as error:
+            raise TrainingError(f"WORLD_SIZE is {world_size}, but {error}") from error
+    return Compute(chosen, choose_precision(chosen, precision), rank, world_size, local_rank)
 
 
 def choose_precision(device: torch.device, choice: str) -> torch.dtype:
-    """Return the type to compute in; `auto` takes what the device computes natively.
+    """Return the dtype to compute in; `auto` is what the device computes natively.
 
     A CPU without bf16 instructions is tens of times slower in bf16 than in fp32.
     """
     if choice == "auto" and device.type == "cuda":
         choice = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     elif choice == "auto" and device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        choice = "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+        choice = "bf16" if cpu_features() & {"avx512_bf16", "amx_bf16"} else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choice, torch.float32)
 
 
-def device_title(device: torch.device) -> str:
+def cpu_features() -> set[str]:
+    """Return the names of the CPU's instruction sets, as far as torch or Linux tells them."""
+    if hasattr(torch.cpu, "get_capabilities"):  # older versions of torch do not have it
+        return {name for name, able in torch.cpu.get_capabilities().items() if able}
+    with contextlib.suppress(OSError):
+        return set(Path("/proc/cpuinfo").read_text().split())
+    return set()
+
+
+def device_name(device: torch.device) -> str:
     """Return a name of the device for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    if device.type == "cpu":
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return device.type
 
 
-class Signals:
-    """SIGINT and SIGTERM: before training they end the program at once, then after the batch in hand."""
+def print0(*values) -> None:
+    """Print in process 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*values, flush=True)
+
+
+class Interrupted(Exception):
+    """A signal asks the program to end; the first argument is its number."""
+
+
+class StopSignal:
+    """Remembers SIGINT, SIGTERM or SIGHUP until the step is done; a second Ctrl-C ends at once."""
 
     def __init__(self, compute: Compute):
-        self.compute, self.received, self.at_once = compute, 0, True
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.handle)
+        self.compute, self.received, self.handlers = compute, 0, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # others cannot handle signals
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                signum = getattr(signal, name, None)  # Windows has no SIGHUP
+                if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                    self.handlers[signum] = signal.signal(signum, self.handle)
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
 
     def handle(self, signum: int, frame) -> None:
-        if self.at_once:
-            raise KeyboardInterrupt(signum, "no training was lost")
         if self.received and signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         self.received = signum
 
-    def watch(self, steps):
-        """Yield `steps`, as long as no process has received a signal.
+    def summary(self) -> dict:
+        """Return what `summary.json` holds."""
+        return {
+            "command": self.about["command"],
+            "arguments": self.about["args"],
+            "versions": VERSIONS,
+            "checkpoint": os.path.abspath(self.ckpt),
+            "epochs": len(self.history),
+            "best_epoch": self.best["epoch"],
+            "best_accuracy": self.best["valid_accuracy"],
+            "seconds": sum(row["seconds"] for row in self.history),
+        }
 
-        Raises:
-            KeyboardInterrupt: one has; the step in hand is finished.
-        """
-        for step in steps:
-            yield step
-            if signum := self.compute.max(self.received):
-                raise KeyboardInterrupt(signum)
+    def check(self) -> None:
+        """Raise Interrupted in all processes if one has received a signal."""
+        if signum := self.compute.max(self.received):
+            raise Interrupted(signum)
 
 
-# -------------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------------- evaluation
 
 
 @torch.inference_mode()
 def evaluate(
-    network: torch.nn.Module, store: ImageStore, rows: torch.Tensor, size: int, compute: Compute, flip=False, watch=iter
+    network: torch.nn.Module,
+    store: ImageStore,
+    rows: torch.Tensor,
+    size: int,
+    compute: Compute,
+    flip: bool = False,
+    stop: StopSignal | None = None,
 ) -> torch.Tensor:
     """Return the logits of those rows of `store`, float32 (len(rows), classes), on the CPU.
 
-    Every picture is computed exactly once, whatever the number of processes; all get the result.
+    Each image is computed exactly once, with any number of processes; all get all logits.
 
     Args:
-        size: pixels, both sides, at which the network sees them.
-        flip: look at the mirror images instead.
-        watch: passes the batches on, or raises to stop.
+        size: pixels, height and width, of the network's inputs.
+        flip: evaluate the mirror images instead.
+        stop: checked after each batch.
     """
     network.eval()
+    rows = rows.to(store.pixels.device)
     logits = torch.zeros(len(rows), len(store.classes), device=compute.device)
-    for positions in watch(torch.arange(len(rows)).split(EVAL_BATCH * compute.size)):
-        mine = positions[compute.rank :: compute.size]
-        if len(mine):
-            images, _ = store.batch(rows[mine], compute.device)
+    step = EVAL_BATCH * compute.world_size
+    for start in range(0, len(rows), step):
+        share = slice(start + compute.rank, start + step, compute.world_size)
+        if len(rows[share]):
+            images, _ = store.batch(rows[share], compute.device)
             with compute.autocast():
-                output = network(prepare(images.flip(-1) if flip else images, size))
-            logits[mine.to(compute.device)] = output.float()
+                output = network(to_inputs(images.flip(-1) if flip else images, size))
+            logits[share] = output.float()
+        if stop:
+            stop.check()
     return compute.sum(logits).cpu()
 
 
 def score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """Return cross-entropy and accuracy in percent, means over the images, both float32, as event files hold them."""
+    """Return the mean cross-entropy and the accuracy in percent, both rounded to float32."""
     accuracy = 100 * (logits.argmax(1) == labels).sum() / len(labels)
     return F.cross_entropy(logits, labels).item(), accuracy.item()
 
 
-# ---------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------- schedules
 
 
 def learning_rate(args: argparse.Namespace, progress: float) -> float:
-    """Return the rate after `progress` epochs: a linear warm-up, then constant or half a cosine to 0."""
+    """Return the learning rate after `progress` epochs: a linear warm-up, then the schedule."""
     if progress < args.warmup_epochs:
         return args.lr * progress / args.warmup_epochs
     if args.schedule == "constant":
@@ -466,300 +479,291 @@ def learning_rate(args: argparse.Namespace, progress: float) -> float:
     return args.lr * (1 + math.cos(math.pi * done)) / 2
 
 
-def train_size(args: argparse.Namespace, epoch: int) -> int:
-    """Return the pixels a side in `epoch`, counted from 0: `--train-size`, grown in steps of 16."""
-    sizes = [int(size) for size in args.train_size.split("-")]
-    progress = min(1.0, epoch / max(1, 0.8 * args.epochs - 1))
-    return sizes[-1] if progress == 1 else sizes[0] + int((sizes[-1] - sizes[0]) * progress) // 16 * 16
+def size_range(text: str) -> tuple[int, int]:
+    """Return the first and the last size of --train-size: "80-128" -> (80, 128)."""
+    sizes = [int(size) for size in text.split("-")]
+    return sizes[0], sizes[-1]
 
 
-class Run:
-    """All that a run is: what is trained, how far it has come, and what it has seen of this epoch.
+def train_size(sizes: tuple[int, int], epochs: int, epoch: int) -> int:
+    """Return the pixels a side in `epoch`, counted from 0: grown in steps of 16."""
+    progress = min(1.0, epoch / max(1, 0.8 * epochs - 1))
+    if progress == 1:
+        return sizes[1]
+    return sizes[0] + int((sizes[1] - sizes[0]) * progress) // 16 * 16
+
+
+def ema_decay(limit: float, step: int) -> float:
+    """Return the decay of the averaged weights after `step` steps: short runs average over fewer.
+
+    The warm-up is that of TensorFlow's ExponentialMovingAverage and timm's ModelEmaV3.
+    """
+    return min(limit, (1 + step) / (10 + step))
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+def initial_network(args: argparse.Namespace, store: ImageStore, rows: torch.Tensor) -> AlexNet:
+    """Return the network with the initial weights that `--init` names, on the CPU.
+
+    Args:
+        rows: those of the training images in `store`, in random order.
+    """
+    torch.manual_seed(args.seed)
+    network = AlexNet(len(store.classes), args.stride, args.dropout)
+    if args.init in ("he", "whiten"):
+        init_he(network)
+    if args.init == "whiten":
+        images, _ = store.batch(rows[:256].to(store.pixels.device), torch.device("cpu"))
+        whiten(network.features[0], to_inputs(images, size_range(args.train_size)[0]))
+    if args.init not in INITS:
+        new = transfer(network, load(args.init), store.classes)
+        note = f", but for {' and '.join(new)}: the classes differ" if new else ""
+        print0(f"initial weights from {args.init}{note}")
+    return network
+
+
+class Trainer:
+    """What is trained, how far it has come, and the training step.
 
     Attributes:
-        replica: the network, wrapped in DistributedDataParallel where there are several processes.
-        evaluated: the network that is validated and saved: the averaged one with `--ema`.
-        folder: of its log; set once it is clear that it can be saved.
-        epoch: epochs completed.
-        step: steps completed in the epoch after those.
+        network: AlexNet on the device.
+        averaged: its averaged weights, an AlexNet too; None without --ema.
+        epoch: the number of completed epochs.
+        step: the number of completed steps in the epoch after those.
         sums: float32 (3,) on the device: loss, hits and images of these steps, of this process.
-        seconds: spent on these steps.
-        history: a dict for each completed epoch, the rows of `history.csv`.
-        best: the row with the highest validation accuracy, None before the first.
+        seconds: the time spent on these steps.
     """
 
-    def __init__(self, args, store: ImageStore, manifest: dict, compute: Compute):
-        self.args, self.store, self.manifest, self.compute = args, store, manifest, compute
-        self.rows = {name: store.rows(manifest[name]) for name in ("train", "valid")}
-        self.epoch, self.step, self.seconds, self.history, self.best = 0, 0, 0.0, [], None
-        self.folder = Path(args.logdir)
+    def __init__(self, args, store: ImageStore, rows: torch.Tensor, compute, network: AlexNet):
+        self.args, self.store, self.rows, self.compute = args, store, rows, compute
+        self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.sums = torch.zeros(3, device=compute.device)
+        self.steps = math.ceil(len(rows) / args.batch_size)  # in an epoch
+        self.sizes = size_range(args.train_size)
+        self.augment = [name for name in args.augment.split(",") if name != "none"]
+        self.network = network.to(compute.device, memory_format=memory_format(compute.device))
+        self.ddp = self.network
+        if compute.world_size > 1:
+            self.ddp = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
+        self.averaged = copy.deepcopy(self.network).eval() if args.ema else None
+        self.optimizer = torch.optim.AdamW(  # without weight decay it is Adam
+            self.network.parameters(),
+            weight_decay=args.weight_decay,
+            fused=compute.device.type in ("cpu", "cuda"),
+        )
+        fp16 = compute.dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(compute.device.type, enabled=fp16)  # else a no-op
 
-        torch.manual_seed(args.seed)
-        network = AlexNet(len(store.classes), args.stride, args.dropout)
-        if args.init != "default":
-            init_he(network)
-        if args.init == "whiten":
-            images, _ = store.batch(self.rows["train"][:256], torch.device("cpu"))  # in random order already
-            whiten(network.features[0], prepare(images, train_size(args, 0)))
-        self.network = self.replica = network.to(compute.device, memory_format=layout(compute.device))
-        if compute.size > 1:
-            self.replica = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
-            if args.bf16_gradients:
-                self.replica.register_comm_hook(None, bf16_compress_hook)
-        self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
-        self.evaluated = self.averaged.module if self.averaged else self.network
-        # without weight decay it is Adam
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), weight_decay=args.weight_decay, fused=True)
-        self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.dtype is torch.float16)
+    @property
+    def evaluated(self) -> AlexNet:
+        """The network that is validated and saved."""
+        return self.averaged or self.network
+
+    def epoch_plan(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return this epoch's rows of the store in order, and the random numbers of each."""
+        seed, images = self.args.seed, len(self.rows)
+        order = torch.randperm(images, generator=generator("order", seed, self.epoch))
+        uniforms = data.draw_uniforms(self.augment, images, seed, self.epoch)
+        uniforms = {name: u[order].to(self.compute.device) for name, u in uniforms.items()}
+        return self.rows[order].to(self.store.pixels.device), uniforms
+
+    def inputs(self, rows: torch.Tensor, uniforms: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the network's inputs for those rows in this epoch, and their labels."""
+        images, labels = self.store.batch(rows, self.compute.device)
+        size = train_size(self.sizes, self.args.epochs, self.epoch)
+        return to_inputs(images, size, uniforms), labels
 
     def train_step(self, inputs: torch.Tensor, labels: torch.Tensor, images: int) -> None:
-        """Take one step on this process's share of a batch of `images`. Nothing waits for the device."""
+        """Take a step on this process's share of a batch of `images`. The CPU waits for no GPU."""
+        args, rank = self.args, self.compute.rank
+        progress = self.epoch + (self.step + 0.5) / self.steps
+        self.optimizer.param_groups[0]["lr"] = learning_rate(args, progress)
+        torch.manual_seed(seed_of("dropout", args.seed, self.epoch, self.step, rank))
         with self.compute.autocast():
-            logits = self.replica(inputs)
-            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.args.label_smoothing)
-            shown = F.cross_entropy(logits.detach(), labels, reduction="sum")  # not smoothed, as in validation
+            logits = self.ddp(inputs)
+            smoothing = args.label_smoothing
+            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+            shown = F.cross_entropy(logits.detach(), labels, reduction="sum")  # as in validation
         self.optimizer.zero_grad()
-        # DDP averages over processes: so the gradient is that of the mean over the whole batch
-        self.scaler.scale(loss * (self.compute.size / images)).backward()
+        # DDP averages over processes, so the gradient is that of the mean over the whole batch
+        self.scaler.scale(loss * (self.compute.world_size / images)).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.averaged:
-            self.averaged.update_parameters(self.network)
+            decay = ema_decay(args.ema, self.epoch * self.steps + self.step)
+            average = get_ema_multi_avg_fn(decay)
+            average(list(self.averaged.parameters()), list(self.network.parameters()), None)
         hits = (logits.detach().argmax(1) == labels).sum()
         self.sums += torch.stack([shown, hits, torch.full_like(hits, len(labels))])
+        self.step += 1
 
-    def epoch_plan(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return this epoch's rows of the store in their order, and each picture's random numbers."""
-        place, images = (self.args.seed, self.epoch), len(self.rows["train"])
-        order = torch.randperm(images, generator=generator("order", *place))
-        uniforms = torch.rand(images, UNIFORMS, generator=generator("augmentation", *place))
-        return self.rows["train"][order].to(self.store.pixels.device), uniforms[order].to(self.compute.device)
-
-    def inputs(self, rows: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return those pictures as the network sees them in this epoch, and their labels."""
-        images, labels = self.store.batch(rows, self.compute.device)
-        size = train_size(self.args, self.epoch)
-        return prepare(images, size, self.args.augment.split(","), uniforms), labels
-
-    def train_epoch(self, watch) -> tuple[float, float]:
-        """Train from where the epoch stands to its end; return the loss and accuracy of all of it."""
-        args, compute, (rows, uniforms) = self.args, self.compute, self.epoch_plan()
-        starts = range(0, len(rows), args.batch_size)
-        started = time.perf_counter() - self.seconds  # as if the epoch had begun without a break
-        read = started  # when the sums were last fetched from the device
-        self.replica.train()
-        with tqdm(
-            desc=f"epoch {self.epoch + 1}/{args.epochs}",
-            total=len(rows),
-            initial=self.step * args.batch_size,
-            unit=" images",
-            leave=False,
-            disable=None if compute.rank == 0 else True,  # None: where the output is no terminal
-        ) as bar:
-            for start in watch(starts[self.step :]):
-                stop = min(start + args.batch_size, len(rows))
-                share = slice(start + compute.rank, stop, compute.size)
-                self.optimizer.param_groups[0]["lr"] = learning_rate(args, self.epoch + (self.step + 0.5) / len(starts))
-                torch.manual_seed(seed_of("dropout", args.seed, self.epoch, self.step, compute.rank))
-                self.train_step(*self.inputs(rows[share], uniforms[share]), stop - start)
-                self.step, self.seconds = self.step + 1, time.perf_counter() - started
-                bar.update(stop - start)
-                if compute.device.type == "cpu" or time.perf_counter() - read > 1:  # a GPU is waited for
-                    loss, accuracy = self.means(self.sums)
-                    bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f} %", refresh=False)
-                    read = time.perf_counter()
-        means = self.means(compute.sum(self.sums))
-        self.seconds = time.perf_counter() - started
-        return means
+    def next_epoch(self) -> None:
+        """Count the epoch as completed."""
+        self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+        self.sums.zero_()
 
     def means(self, sums: torch.Tensor) -> tuple[float, float]:
-        """Return the mean loss, which must be finite, and the accuracy in percent that `sums` amount to."""
+        """Return the mean loss and the accuracy in percent from sums as in `self.sums`.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
         loss, hits, images = sums.tolist()
         self.check_finite(loss)
-        return loss / max(images, 1), 100 * hits / max(images, 1)  # a process may not have had its first yet
+        return loss / max(images, 1), 100 * hits / max(images, 1)  # a share may be empty
 
     def check_finite(self, loss: float) -> None:
         """Raise TrainingError if `loss` is not finite."""
         if not math.isfinite(loss):
+            rate = self.optimizer.param_groups[0]["lr"]
             raise TrainingError(
-                f"the loss is not finite in epoch {self.epoch + 1}, step {self.step}, at a learning rate of "
-                f"{self.optimizer.param_groups[0]['lr']:g}; {'the best checkpoint is kept; ' if self.best else ''}"
-                "try a lower --lr"
+                f"the loss is not finite in epoch {self.epoch + 1}, step {self.step}, at a "
+                f"learning rate of {rate:g}; try a lower --lr"
             )
 
-    def run_epoch(self, watch) -> dict:
-        """Train what is left of the epoch, validate, and return the new row of the history."""
-        train_loss, train_accuracy = self.train_epoch(watch)
-        started, rows = time.perf_counter(), self.rows["valid"]
-        logits = evaluate(self.evaluated, self.store, rows, self.args.test_size, self.compute, watch=watch)
-        valid_loss, valid_accuracy = score(logits, self.store.labels.cpu()[rows])
-        self.check_finite(valid_loss)  # the last step may have broken the weights
-        figures = {
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
-            "valid_loss": valid_loss,
-            "valid_accuracy": valid_accuracy,
-            "images_per_second": len(self.rows["train"]) / self.seconds,
-            "seconds": self.seconds + time.perf_counter() - started,
-        }
-        # as float32, which the event files hold: so that all outputs agree to the last digit
-        figures = {name: torch.tensor(value).item() for name, value in figures.items()}
-        rate = self.optimizer.param_groups[0]["lr"]
-        self.history.append({"epoch": self.epoch + 1, "learning_rate": rate, **figures})
-        self.best = max(self.history, key=lambda row: row["valid_accuracy"])  # the first such
-        self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
-        self.sums.zero_()
-        return self.history[-1]
-
-    def bytes_to_write(self) -> int:
-        """Return by how much both checkpoints will grow, with a new one beside the old for a moment."""
-        best = sum(p.numel() * p.element_size() for p in self.network.parameters())
-        last = best * (4 if self.args.ema else 3)  # weights, Adam's two moments, averaged weights
-        paths = (Path(self.args.ckpt), last_path(self.args.ckpt))
-        return max(last, best + 2 * last - sum(path.stat().st_size for path in paths if path.is_file()))
-
-    def save_best(self) -> None:
-        """Write the present parameters, those with the best validation accuracy, to `--ckpt`."""
-        weights = {name: tensor.cpu() for name, tensor in self.evaluated.state_dict().items()}
-        self._save({"state_dict": weights}, self.args.ckpt)
-
-    def best_is_saved(self) -> bool:
-        """Tell whether `--ckpt` holds the best epoch: it may be lost, or another run's by now."""
-        try:
-            found = load(self.args.ckpt)
-        except CheckpointError:
-            return False
-        best = (self.manifest, self.best["epoch"], self.best["valid_accuracy"])
-        return tuple(found.get(name) for name in ("split", "epoch", "valid_accuracy")) == best
-
-    def save_last(self) -> None:
-        """Write all that continues this run beside `--ckpt`; every process calls it.
+    def state_dict(self) -> dict:
+        """Return what continues training from here, for a checkpoint; every process calls it.
 
         Raises:
-            TrainingError: the loss is not finite, and the weights are better not saved.
+            TrainingError: the loss is not finite, and these weights must not replace good ones.
         """
         sums = self.compute.sum(self.sums)
         self.check_finite(sums[0].item())
-        state = {
+        return {
             "state_dict": self.network.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
             "step": self.step,
             "sums": sums,
             "seconds": self.seconds,
-            "history": self.history,
-            "job": job(),
         }
-        self._save(state, last_path(self.args.ckpt))
 
-    def _save(self, state: dict, path: str | Path) -> None:
-        if self.compute.rank == 0:
-            about = {
-                "classes": self.store.classes,
-                "stride": self.args.stride,
-                "seed": self.args.seed,
-                "epoch": self.epoch,
-                "valid_accuracy": self.best["valid_accuracy"] if self.best else None,
-                "args": vars(self.args),
-                "versions": VERSIONS,
-                "fingerprint": self.store.fingerprint,
-                "run": str(self.folder),
-                "split": self.manifest,
-            }
-            save(about | state, path)
-
-    def restore(self, checkpoint: dict) -> None:
-        """Stand where `save_last` wrote `checkpoint`. Random numbers need no state: see above.
-
-        Raises:
-            DataError: the images are not those of `checkpoint`.
-        """
-        if (checkpoint["fingerprint"], checkpoint["classes"]) != (self.store.fingerprint, self.store.classes):
-            raise DataError(f"{self.store.root}: its images have changed since the run began; bring those back")
-        self.network.load_state_dict(checkpoint["state_dict"])
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned. Random numbers need no state."""
+        self.network.load_state_dict(state["state_dict"])
         if self.averaged:
-            self.averaged.load_state_dict(checkpoint["averaged"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for parameter, moments in self.optimizer.state.items():  # fused Adam wants them laid out as the parameter
-            moments |= {name: torch.empty_like(parameter).copy_(moments[name]) for name in ("exp_avg", "exp_avg_sq")}
-        if checkpoint["scaler"]:  # empty where the run was not in fp16 so far
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        for name in ("epoch", "step", "seconds", "history"):
-            setattr(self, name, checkpoint[name])
-        self.best = max(self.history, key=lambda row: row["valid_accuracy"], default=None)
+            averaged = {name.removeprefix("module."): t for name, t in state["averaged"].items()}
+            averaged.pop("n_averaged", None)  # both are in checkpoints of version 1
+            self.averaged.load_state_dict(averaged)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # fused Adam needs the parameter's layout
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
+        if state["scaler"]:  # empty if the run was not in fp16 so far
+            self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         if self.compute.rank == 0:
-            self.sums.copy_(checkpoint["sums"])
+            self.sums.copy_(state["sums"])
 
 
-# -------------------------------------------------------------------------------------------- log
+def train_epoch(trainer: Trainer, stop: StopSignal) -> tuple[float, float]:
+    """Train from where the epoch stands to its end; return its mean loss and accuracy in percent.
+
+    Raises:
+        Interrupted: a signal has arrived; the last step is complete.
+        TrainingError: the loss is not finite.
+    """
+    args, compute = trainer.args, trainer.compute
+    rows, uniforms = trainer.epoch_plan()
+    title, before = f"epoch {trainer.epoch + 1}/{args.epochs}", trainer.step * args.batch_size
+    read = printed = time.perf_counter()
+    started = read - trainer.seconds  # as if the epoch had begun without a break
+    trainer.ddp.train()
+    quiet = True if compute.rank else None  # None: quiet where the output is no terminal
+    with tqdm(
+        desc=title, total=len(rows), initial=before, unit=" images", leave=False, disable=quiet
+    ) as bar:
+        for start in range(before, len(rows), args.batch_size):
+            end = min(start + args.batch_size, len(rows))
+            share = slice(start + compute.rank, end, compute.world_size)
+            batch = trainer.inputs(rows[share], {name: u[share] for name, u in uniforms.items()})
+            trainer.train_step(*batch, end - start)
+            trainer.seconds = time.perf_counter() - started
+            bar.update(end - start)
+            if compute.device.type == "cpu" or time.perf_counter() - read > 1:  # a GPU is waited for
+                loss, accuracy = trainer.means(trainer.sums)
+                read, status = time.perf_counter(), f"loss {loss:.4f}, accuracy {accuracy:.2f} %"
+                bar.set_postfix_str(status, refresh=False)
+                if bar.disable and read - printed > 60:  # a file, or a scheduler's log
+                    print0(f"{title}: {end} of {len(rows)} images, {status}")
+                    printed = read
+            stop.check()
+    means = trainer.means(compute.sum(trainer.sums))
+    trainer.seconds = time.perf_counter() - started
+    return means
 
 
-class Silent:
-    """Takes every call and does nothing: the log of a process that must not write."""
-
-    def __getattr__(self, name: str):
-        return lambda *args, **options: None
+# ----------------------------------------------------------------------- log and checkpoints
 
 
 class Log:
-    """The event files of a run, for TensorBoard, and its `history.csv`.
+    """What lies in a run's folder: events for TensorBoard, `history.csv` and `summary.json`.
 
     Args:
-        run: whose folder they go to; what an earlier process logged of later epochs is superseded.
+        folder: the run's.
+        purge: the first epoch that an earlier process may have logged and that comes again.
     """
 
-    def __init__(self, run: Run):
-        self.run = run
-        purge = run.epoch + 1 if run.epoch or run.step else None
-        self.train, self.valid = (SummaryWriter(run.folder / name, purge_step=purge) for name in ("train", "valid"))
+    def __init__(self, folder: Path, purge: int | None):
+        self.folder = folder
+        self.train = SummaryWriter(folder / "train", purge_step=purge)
+        self.valid = SummaryWriter(folder / "valid", purge_step=purge)
 
-    def start(self, command: str) -> None:
-        """Log once what the run is: the network, its first batch, and a card that sums it up."""
-        run, network = self.run, self.run.network.eval()
-        rows, uniforms = run.epoch_plan()
-        batch, _ = run.inputs(rows[:64], uniforms[:64])
-        self.train.add_image("first_batch", make_grid(denormalize(batch), nrow=8), 0)
+    def start(self, trainer: Trainer, about: dict) -> None:
+        """Log once what the run is: the network, its first batch, its arguments and images."""
+        network, args = trainer.network.eval(), trainer.args
+        rows, uniforms = trainer.epoch_plan()
+        batch, _ = trainer.inputs(rows[:64], {name: u[:64] for name, u in uniforms.items()})
+        self.train.add_image("first_batch", make_grid(data.to_pixels(batch), nrow=8), 0)
         with torch.no_grad(), FlopCounterMode(display=False) as flops:
             network(batch[:1])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer that TensorBoard uses is called deprecated
+            warnings.simplefilter("ignore")  # TensorBoard's tracer is deprecated
             self.train.add_graph(network, batch[:1])
+        gigaflops, pixels = flops.get_total_flops() / 1e9, batch.shape[-1]
         facts = {
-            "command": f"`{command}`",
-            "images": ", ".join(f"{name} {len(paths)}" for name, paths in run.manifest.items()),
-            "classes": len(run.store.classes),
+            "command": f"`{about['command']}`",
+            "images": ", ".join(f"{part} {len(paths)}" for part, paths in about["split"].items()),
+            "classes": len(about["classes"]),
             "parameters": f"{sum(p.numel() for p in network.parameters()):,}",
-            "arithmetic": f"{flops.get_total_flops() / 1e9:.2f} GFLOP an image at {batch.shape[-1]} pixels, forward",
-            "computed on": f"{device_title(run.compute.device)}, {str(run.compute.dtype).removeprefix('torch.')}",
+            "arithmetic": f"{gigaflops:.2f} GFLOP an image at {pixels} pixels, forward",
+            "computed on": f"{device_name(trainer.compute.device)}, {trainer.compute.dtype}",
             **VERSIONS,
-            **vars(run.args),
+            **vars(args),
         }
         self.train.add_text("run", table(["", ""], facts.items()), 0)
-
-    def epoch(self, row: dict) -> None:
-        """Log a completed epoch, and see to it that the files hold it before a checkpoint does."""
-        step = row["epoch"]
-        for name in ("learning_rate", "images_per_second"):
-            self.train.add_scalar(name, row[name], step)
-        filters = make_grid(self.run.evaluated.features[0].weight, nrow=8, padding=1, normalize=True, scale_each=True)
-        self.train.add_image("filters", filters.repeat_interleave(4, 1).repeat_interleave(4, 2), step)
-        for writer, name in ((self.train, "train"), (self.valid, "valid")):
-            writer.add_scalar("loss", row[f"{name}_loss"], step)
-            writer.add_scalar("accuracy", row[f"{name}_accuracy"], step)
-            writer.flush()
-        with replacing(self.run.folder / "history.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            writer.writeheader()
-            writer.writerows(self.run.history)
-
-    def end(self) -> None:
-        """Log the arguments beside the last epoch's figures, for the HPARAMS tab."""
-        names = ["recipe", "epochs", "batch_size", "seed", "stride", *RECIPES["report"]]
-        chosen = {name: getattr(self.run.args, name) for name in names}
-        for summary in hparams(chosen, {"accuracy": None, "loss": None}):  # curves that `valid` has
+        names = ["recipe", "epochs", "batch_size", "seed", "stride", "test_size", *RECIPES["report"]]
+        chosen = {name: getattr(args, name) for name in names}
+        for summary in hparams(chosen, {"best_accuracy": None, "best_loss": None}):
             self.valid.file_writer.add_summary(summary)
+
+    def epoch(self, history: list[dict], is_best: bool, weight: torch.Tensor, summary: dict):
+        """Log a completed epoch, the last row of `history`, and the first layer's filters."""
+        row = history[-1]
+        for name in ("learning_rate", "images_per_second"):
+            self.train.add_scalar(name, row[name], row["epoch"])
+        filters = make_grid(weight, nrow=8, padding=1, normalize=True, scale_each=True)
+        filters = filters.repeat_interleave(4, 1).repeat_interleave(4, 2)
+        self.train.add_image("filters", filters, row["epoch"])
+        for tag in ("loss", "accuracy"):
+            self.train.add_scalar(tag, row[f"train_{tag}"], row["epoch"])
+            self.valid.add_scalar(tag, row[f"valid_{tag}"], row["epoch"])
+            if is_best:
+                self.valid.add_scalar(f"best_{tag}", row[f"valid_{tag}"], row["epoch"])
+        self.train.flush()
+        self.valid.flush()
+        with data.complete_file(self.folder / "history.csv", "w", newline="") as file:
+            rows = csv.DictWriter(file, row)
+            rows.writeheader()
+            rows.writerows(history)
+        with data.complete_file(self.folder / "summary.json", "w") as file:
+            json.dump(summary, file, indent=2)
+
+    def close(self) -> None:
         self.train.close()
         self.valid.close()
 
@@ -772,118 +776,386 @@ def table(header: list[str], rows: Iterable[Iterable]) -> str:
 
 
 def printable(value: object) -> str:
-    """Return `value` as text that can be encoded, whatever the names of files hold."""
+    """Return `value` as text in UTF-8, whatever bytes the name of a file holds."""
     return str(value).encode(errors="backslashreplace").decode()
 
 
-@contextlib.contextmanager
-def explained(run: Run):
-    """Turn what can go wrong in training, for want of room or of a compiler, into errors that say what to do."""
-    try:
-        yield
-    except BrokenPipeError:  # standard output's
-        raise
-    except OSError as error:
-        raise TrainingError(
-            f"{run.folder}: the log can't be written ({error.strerror or error}); make room or mend the folder; "
-            "what was saved before can go on with --resume"
-        ) from error
-    except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error):
-            problem = f"out of memory at --batch-size {run.args.batch_size}; try half, or a smaller --train-size"
-        elif run.args.compile and type(error).__module__.startswith("torch._"):  # most likely there is no compiler
-            problem = f"--compile fails here ({str(error).splitlines()[0]}); leave it out"
-        else:
-            raise
-        raise TrainingError(problem) from error
-
-
-def new_folder(logdir: str, name: str | None, resumed: bool) -> Path:
-    """Create and return the folder of a run; a second run of one name gets `-2` behind it."""
+def run_folder(logdir: str, name: str | None, resumed: bool) -> Path:
+    """Return the folder of a run; a second run of one name gets `-2` behind it."""
     name = name or time.strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in itertools.count(1):
-        folder = Path(logdir).resolve() / (name if attempt == 1 else f"{name}-{attempt}")
+        folder = Path(logdir, name if attempt == 1 else f"{name}-{attempt}")
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True, exist_ok=resumed)
             return folder
 
 
-# ------------------------------------------------------------------------------------------- main
+@contextlib.contextmanager
+def hold(ckpt: str):
+    """Lock `ckpt`, where the system can, so that no two runs write one checkpoint.
+
+    Raises:
+        TrainingError: another process holds it.
+    """
+    Path(ckpt).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{ckpt}.lock", "w") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(f"{ckpt}: another run is writing it; give --name") from None
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows keeps an open file
+                os.unlink(lock.name)
+
+
+def checkpoint_sizes(trainer: Trainer) -> tuple[int, int]:
+    """Return the bytes of the best checkpoint and of the one for --resume."""
+    best = sum(p.numel() * p.element_size() for p in trainer.network.parameters())
+    return best, best * (4 if trainer.averaged else 3)  # Adam has two moments
+
+
+def check_space(trainer: Trainer) -> None:
+    """Check, before training, the room for both checkpoints and a new one beside the old."""
+    best, last = checkpoint_sizes(trainer)
+    files = [Path(trainer.args.ckpt), last_path(trainer.args.ckpt)]
+    present = sum(file.stat().st_size for file in files if file.is_file())
+    check_writable(trainer.args.ckpt, max(last, best + 2 * last - present))
+
+
+class Checkpoints:
+    """The two files of a run: the best weights, for test.py, and the state, for --resume.
+
+    Saving takes at most 5 % of the time: when it took t seconds, the next waits for 20 t. Until
+    then the best weights stay in memory. They are written before the state, so a kill between the
+    two leaves the best of a later epoch, and the resumed run takes that as its best.
+
+    Args:
+        about: what both files hold besides.
+        history: the rows of `history.csv`.
+        best: epoch and valid_accuracy of the weights in `--ckpt`; None if they are not this run's.
+    """
+
+    def __init__(self, trainer: Trainer, about: dict, history: list[dict], best: dict | None):
+        self.trainer, self.about, self.history, self.best = trainer, about, history, best
+        self.ckpt, self.weights = trainer.args.ckpt, None
+        self.seconds = sum(checkpoint_sizes(trainer)) / 100e6  # of the first save: a slow disk's
+        self.saved_at = time.perf_counter()
+
+    def keep_best(self, row: dict) -> bool:
+        """Keep the present weights if their validation accuracy is the best so far."""
+        best, accuracy = self.best, row["valid_accuracy"]
+        if best and accuracy <= best["valid_accuracy"] and row["epoch"] != best["epoch"]:
+            return False
+        self.best = {"epoch": row["epoch"], "valid_accuracy": accuracy}
+        state = self.trainer.evaluated.state_dict()
+        self.weights = {name: tensor.clone() for name, tensor in state.items()}
+        return True
+
+    def save_best(self) -> None:
+        """Write the best weights if `--ckpt` does not hold them yet."""
+        if self.weights and self.trainer.compute.rank == 0:
+            weights = {name: tensor.cpu() for name, tensor in self.weights.items()}
+            save(self.about | self.best | {"state_dict": weights}, self.ckpt)
+        self.weights = None
+
+    def save(self) -> None:
+        """Write both files; every process calls it."""
+        started = time.perf_counter()
+        state = self.trainer.state_dict()
+        self.save_best()
+        if self.trainer.compute.rank == 0:
+            accuracy = self.best["valid_accuracy"] if self.best else None
+            more = {"valid_accuracy": accuracy, "history": self.history, "job": launch_id()}
+            save(self.about | more | state, last_path(self.ckpt))
+        self.saved_at = time.perf_counter()
+        self.seconds = self.saved_at - started
+
+    def save_if_due(self) -> None:
+        """Write both files unless that would take more than 5 % of the time."""
+        due = time.perf_counter() - self.saved_at >= 20 * self.seconds
+        if self.trainer.compute.max(due and self.trainer.compute.rank == 0):
+            self.save()
+
+    def summary(self) -> dict:
+        """Return what `summary.json` holds."""
+        return {
+            "command": self.about["command"],
+            "arguments": self.about["args"],
+            "versions": VERSIONS,
+            "checkpoint": os.path.abspath(self.ckpt),
+            "epochs": len(self.history),
+            "best_epoch": self.best["epoch"],
+            "best_accuracy": self.best["valid_accuracy"],
+            "seconds": sum(row["seconds"] for row in self.history),
+        }
+
+
+def saved_best(ckpt: str, checkpoint: dict) -> dict | None:
+    """Return epoch and valid_accuracy of the weights in `ckpt` if they are the best of this run.
+
+    They are from a later epoch than `checkpoint` if the process was killed between the two files.
+    """
+    try:
+        found = load(ckpt, verify=False)
+    except CheckpointError:
+        return None
+    best = {name: found.get(name) for name in ("epoch", "valid_accuracy")}
+    top = max(checkpoint["history"], key=lambda row: row["valid_accuracy"], default=None)  # the first
+    later = Path(found.get("run", "")).name == Path(checkpoint["run"]).name
+    if found.get("split") != checkpoint["split"] or best["epoch"] is None:
+        return None
+    if best["epoch"] > checkpoint["epoch"]:
+        return best if later else None
+    return best if top and best.items() <= top.items() else None
+
+
+# -------------------------------------------------------------------------------------- main
+
+
+def build_trainer(args: argparse.Namespace, checkpoint: dict | None, compute: Compute) -> tuple[Trainer, dict]:
+    """Return the trainer, where `checkpoint` left it, and the manifest of the split.
+
+    Raises:
+        DataError: the images cannot be used, or are not those of `checkpoint`.
+    """
+    with compute.first_on_machine():
+        store = ImageStore(args.data, args.cache, args.skip_bad_images)
+    for note in store.notes:
+        print0(note)
+    if checkpoint and (checkpoint["fingerprint"], checkpoint["classes"]) != (store.fingerprint, store.classes):
+        changes = store.changes(checkpoint["checksums"]) if "checksums" in checkpoint else ""
+        raise DataError(f"{store.root}: its images have changed since the run began: {changes}; restore them")
+    manifest = checkpoint["split"] if checkpoint else split(store, args.seed)
+    rows = store.rows(manifest["train"])
+    untrained = set(store.labels.tolist()) - set(store.labels[rows].tolist())
+    if untrained:
+        names = data.shortened([store.classes[label] for label in sorted(untrained)])
+        print0(f"classes without training images: {names}")
+    store.move_to(compute.device)
+    if checkpoint:
+        network = AlexNet(len(store.classes), args.stride, args.dropout)
+    else:
+        network = initial_network(args, store, rows)
+    trainer = Trainer(args, store, rows, compute, network)
+    if checkpoint:
+        trainer.load_state_dict(checkpoint)
+    return trainer, manifest
+
+
+def describe(trainer: Trainer, manifest: dict, folder: Path) -> dict:
+    """Return what both checkpoints hold besides weights and state, to test and to use the weights."""
+    args, store = trainer.args, trainer.store
+    return {
+        "classes": store.classes,
+        "stride": args.stride,
+        "seed": args.seed,
+        "size": args.test_size,  # pixels, height and width
+        "mean": data.MEAN,
+        "std": data.STD,
+        "args": vars(args),
+        "versions": VERSIONS,
+        "run": str(folder),
+        "command": shlex.join(["python", *sys.argv]),
+        "split": manifest,
+        "fingerprint": store.fingerprint,
+        "checksums": store.checksums,
+    }
+
+
+def open_outputs(
+    trainer: Trainer, manifest: dict, checkpoint: dict | None
+) -> tuple[Checkpoints, Log | None, list[str]]:
+    """Return where a run saves and logs (process 0 alone), and an earlier run's files in its way.
+
+    Raises:
+        CheckpointError: the checkpoints cannot be written.
+    """
+    args, history, log, earlier = trainer.args, [], None, []
+    best, folder = None, Path(args.logdir)
+    if checkpoint:
+        history, best = checkpoint["history"], saved_best(args.ckpt, checkpoint)
+        if history and not best:
+            print0(f"{args.ckpt}: does not hold the best weights of this run; only later epochs can")
+    if trainer.compute.rank == 0:
+        check_space(trainer)
+        name = Path(checkpoint["run"]).name if checkpoint else args.name
+        folder = run_folder(args.logdir, name, resumed=bool(checkpoint))
+        if not checkpoint:
+            earlier = [str(p) for p in (Path(args.ckpt), last_path(args.ckpt)) if p.exists()]
+        log = Log(folder, purge=trainer.epoch + 1 if trainer.epoch or trainer.step else None)
+    about = describe(trainer, manifest, folder)
+    if log and not trainer.epoch and not trainer.step:
+        log.start(trainer, about)
+    return Checkpoints(trainer, about, history, best), log, earlier
+
+
+def print_opening(trainer: Trainer, about: dict, resumed: bool, earlier: list[str]) -> None:
+    """Print what is trained, on what, and where it goes."""
+    args, compute = trainer.args, trainer.compute
+    counts = [len(about["split"][part]) for part in ("train", "valid", "test")]
+    precision = str(compute.dtype).removeprefix("torch.")
+    print0(
+        f"recipe {args.recipe}: {args.epochs} epochs, batch {args.batch_size}, {args.train_size} pixels "
+        f"(tested at {args.test_size}), {precision} on {device_name(compute.device)}"
+    )
+    print0(
+        f"{len(about['classes'])} classes; {counts[0]} training, {counts[1]} validation and {counts[2]} "
+        f"test images, so one validation image is {100 / counts[1]:.2g} points"
+    )
+    print0(f"log in {os.path.relpath(about['run'])}, best weights in {args.ckpt}")
+    if resumed:
+        print0(f"continuing after epoch {trainer.epoch}, step {trainer.step}")
+    if earlier:
+        print0(f"{' and '.join(earlier)}: an earlier run's, replaced by this one's first checkpoint")
+    if trainer.steps == 1:
+        print0(f"--batch-size {args.batch_size} is all of the training images: one step an epoch")
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people, such as 1 h 02 min, 12 min or 34 s."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train as `argv` says (default: the command line)."""
     args, checkpoint = parse(argv)
     compute = set_up(args.device, args.precision, args.deterministic)
-    signals = Signals(compute)
-    say = print if compute.rank == 0 else Silent().say
-    if args.batch_size % compute.size:
-        raise TrainingError(f"--batch-size {args.batch_size} is not a multiple of the {compute.size} processes")
-    with compute.first_on_machine():
-        store = ImageStore(args.data, args.cache, args.skip_bad_images)
-    if store.skipped:
-        say(f"{store.skipped} images can't be read and are skipped")
-    manifest = checkpoint["split"] if checkpoint else split(store.paths, args.seed)
-    store.move_to(compute.device)
-    run = Run(args, store, manifest, compute)
-    if compute.rank == 0:
-        check_writable(args.ckpt, run.bytes_to_write())
-        name = Path(checkpoint["run"]).name if checkpoint else args.name
-        run.folder = new_folder(args.logdir, name, bool(checkpoint))
-    earlier = []
-    if checkpoint:
-        run.restore(checkpoint)
-        del checkpoint  # as large as the run itself
-        if run.best and compute.rank == 0 and not run.best_is_saved():
-            say(f"{args.ckpt}: not the best of epochs 1 to {run.epoch}, which only a better epoch will replace")
-    elif earlier := [str(path) for path in (Path(args.ckpt), last_path(args.ckpt)) if path.exists()]:
-        advice = "--resume goes on with it, another --ckpt spares it"
-        say(f"{' and '.join(earlier)}: an earlier run's, replaced after an epoch; {advice}")
-    say(f"{len(run.rows['train'])} training images, {len(store.classes)} classes, {device_title(compute.device)}")
-    with explained(run):
-        log = Log(run) if compute.rank == 0 else Silent()
-        if not run.epoch and not run.step:
-            log.start(shlex.join(["python", *sys.argv]))
-        if args.compile:  # in place; not before the graph is traced
-            run.network.compile()
-        fit(run, log, signals, say, earlier)
+    if args.batch_size % compute.world_size:
+        raise TrainingError(f"--batch-size {args.batch_size} must be a multiple of {compute.world_size} processes")
+    trainer, manifest = build_trainer(args, checkpoint, compute)
+    store, valid_rows = trainer.store, trainer.store.rows(manifest["valid"])
+    valid_labels = store.labels.cpu()[valid_rows]
+    lock = hold(args.ckpt) if compute.rank == 0 else contextlib.nullcontext()
+    with lock, StopSignal(compute) as stop:
+        checkpoints, log, earlier = open_outputs(trainer, manifest, checkpoint)
+        print_opening(trainer, checkpoints.about, bool(checkpoint), earlier)
+        del checkpoint  # as large as the trainer
+        first_epoch, history = trainer.epoch, checkpoints.history
+        started = time.perf_counter() - trainer.seconds
+        try:
+            while trainer.epoch < args.epochs:
+                train_loss, train_accuracy = train_epoch(trainer, stop)
+                network = trainer.evaluated
+                logits = evaluate(network, store, valid_rows, args.test_size, compute, stop=stop)
+                valid_loss, valid_accuracy = score(logits, valid_labels)
+                trainer.check_finite(valid_loss)  # the last step may have broken the weights
+                now = time.perf_counter()
+                row = {
+                    "train_loss": train_loss,
+                    "train_accuracy": train_accuracy,
+                    "valid_loss": valid_loss,
+                    "valid_accuracy": valid_accuracy,
+                    "images_per_second": len(trainer.rows) / trainer.seconds,
+                    "seconds": now - started,  # saving after the epoch before included
+                }
+                started = now
+                # event files hold float32: so all outputs agree to the last digit
+                row = {name: torch.tensor(value).item() for name, value in row.items()}
+                rate = trainer.optimizer.param_groups[0]["lr"]
+                history.append({"epoch": trainer.epoch + 1, "learning_rate": rate, **row})
+                trainer.next_epoch()
+                is_best = checkpoints.keep_best(history[-1])
+                if log:
+                    log.epoch(history, is_best, network.features[0].weight, checkpoints.summary())
+                checkpoints.save_if_due()
+                print_epoch(history, args.epochs, is_best)
+        except Interrupted as interrupted:
+            if compute.max(len(earlier)) and not trainer.epoch:
+                raise Interrupted(*interrupted.args, "the earlier run's checkpoints are kept") from None
+            checkpoints.save()
+            raise Interrupted(*interrupted.args, f"continue with: {resume_command(args)}") from None
+        finally:
+            checkpoints.save_best()
+        if trainer.epoch > first_epoch:
+            checkpoints.save()
+        if log:
+            log.close()
+    print_end(args, history, checkpoints.best)
 
 
-def fit(run: Run, log: Log, signals: Signals, say, earlier: list[str]) -> None:
-    """Train and validate `run` up to its last epoch, saving after each and when interrupted.
+def resume_command(args: argparse.Namespace) -> str:
+    """Return the command that continues the run."""
+    ckpt = "" if args.ckpt == "alexnet.pth" else f" --ckpt {shlex.quote(args.ckpt)}"
+    return f"python train.py --resume{ckpt}"
 
-    Args:
-        earlier: the checkpoints of an earlier run, which an epoch is worth replacing but less is not.
-    """
-    args, signals.at_once = run.args, False
-    ckpt = "" if args.ckpt == DEFAULTS["ckpt"] else f" --ckpt {shlex.quote(args.ckpt)}"
+
+def print_epoch(history: list[dict], epochs: int, is_best: bool) -> None:
+    """Print the line of a completed epoch."""
+    row = history[-1]
+    left = (epochs - row["epoch"]) * sum(each["seconds"] for each in history) / len(history)
+    print0(
+        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}"
+        f"  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:5.2f} %"
+        f"  valid loss {row['valid_loss']:.4f} accuracy {row['valid_accuracy']:5.2f} %"
+        f"  rate {row['learning_rate']:.3g}  {row['images_per_second']:.1f} images/s"
+        f"  {row['seconds']:.1f} s, {duration(left)} left{'  best' if is_best else ''}"
+    )
+
+
+def print_end(args: argparse.Namespace, history: list[dict], best: dict | None) -> None:
+    """Print the result of a finished run, and what to do with it."""
+    total = duration(sum(row["seconds"] for row in history))
+    print0(f"{len(history)} epochs in {total}; {resume_command(args)} --epochs {2 * len(history)} trains longer")
+    if best:
+        accuracy = f"valid accuracy {best['valid_accuracy']:.2f} %"
+        print0(f"best: epoch {best['epoch']}, {accuracy}, saved in {args.ckpt}")
+        print0(f"next: python test.py --ckpt {shlex.quote(args.ckpt)}")
+    print0(f"      tensorboard --logdir {shlex.quote(os.path.relpath(args.logdir))}")
+
+
+def run_command(main) -> None:
+    """Run `main()`. What a user can fix ends as one line on standard error and an exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not; a file's name may not be text
+            stream.reconfigure(errors="backslashreplace")
+    threading.excepthook = ignore_writer
     try:
-        while run.epoch < args.epochs:
-            row = run.run_epoch(signals.watch)
-            log.epoch(row)
-            if row is run.best:
-                run.save_best()
-            run.save_last()
-            say(
-                f"epoch {row['epoch']:{len(str(args.epochs))}}/{args.epochs}"
-                f"  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:5.2f} %"
-                f"  valid loss {row['valid_loss']:.4f} accuracy {row['valid_accuracy']:5.2f} %"
-                f"  rate {row['learning_rate']:.3g}  {row['images_per_second']:.1f} images/s"
-                f"  {row['seconds']:.1f} s{'  best' if row is run.best else ''}"
-            )
-    except KeyboardInterrupt as stop:
-        if run.compute.max(len(earlier)) and not run.epoch:
-            raise KeyboardInterrupt(*stop.args, f"{' and '.join(earlier)} not yet replaced") from None
-        run.save_last()
-        raise KeyboardInterrupt(*stop.args, f"go on with: python train.py --resume{ckpt}") from None
-    log.end()
-    best, commands = run.best, [f"tensorboard --logdir {shlex.quote(os.path.relpath(args.logdir))}"]
-    if saved := run.compute.rank == 0 and run.best_is_saved():
-        commands.insert(0, f"python test.py --ckpt {shlex.quote(args.ckpt)}")
-    where = f"{'saved' if saved else 'no longer'} in {args.ckpt}"
-    say(f"best: epoch {best['epoch']}, valid accuracy {best['valid_accuracy']:.2f} %, {where}")
-    say("next: " + "\n      ".join(commands))
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    except (KeyboardInterrupt, Interrupted) as interrupted:
+        signum, *advice = interrupted.args or [signal.SIGINT]
+        message, status = "; ".join(["interrupted", *advice]), 128 + signum
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(status)
+    except (DataError, CheckpointError, TrainingError) as error:
+        message, status = f"error: {error}", 1
+    except OSError as error:
+        place = os.fsdecode(error.filename or "output")
+        message, status = f"error: {place}: {error.strerror or error}", 1
+    except (RuntimeError, MemoryError) as error:
+        message, status = f"error: {explain(error)}", 1
+    if os.environ.get("RANK", "0") != "0":  # process 0 most likely says the same
+        time.sleep(5)  # and the launcher then ends this one
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def explain(error: Exception) -> str:
+    """Return what a user can do about an error of torch's; raise it again if that is nothing."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    if isinstance(error, MemoryError) or any(word in str(error) for word in words):
+        return "out of memory; try half the --batch-size, a smaller --train-size, or --device cpu"
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return "another process was lost; its own message, or torchrun's report, says why"
+    raise error
+
+
+def ignore_writer(failure) -> None:
+    """Pass over an error in TensorBoard's writing thread, which raises it again in this one."""
+    if type(failure.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failure)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(main)
