@@ -98,7 +98,7 @@ def subfolders(folder: Path) -> list[str]:
         for entry in os.scandir(folder)
         if not is_system(entry.name)
         and (entry.is_dir() or (entry.is_symlink() and not os.path.exists(entry.path)))
-        and not Path(entry.name).suffix.lower() in suffixes()
+        and Path(entry.name).suffix.lower() not in suffixes()
     )
 
 
@@ -142,7 +142,9 @@ def locate(data: str, cache: str) -> Path:
     if data == "sample":
         return draw_sample(Path(cache) / "sample")
     folder = Path(data)
-    caltech101 = [folder / name / "101_ObjectCategories" for name in (".", "caltech101", "caltech-101")]
+    caltech101 = [
+        folder / name / "101_ObjectCategories" for name in (".", "caltech101", "caltech-101")
+    ]
     for place in (*caltech101, folder):
         if place.is_dir():
             while len(names := subfolders(place)) == 1 and subfolders(place / names[0]):
@@ -152,7 +154,9 @@ def locate(data: str, cache: str) -> Path:
     if folder.resolve() == Path(DEFAULT_DATA).resolve():
         return download(folder)
     problem = "no class folders with images there" if folder.is_dir() else "no such folder"
-    raise DataError(f"{data}: {problem}; --data takes a folder with a folder for each class, or 'sample'")
+    raise DataError(
+        f"{data}: {problem}; --data takes a folder with a folder for each class, or 'sample'"
+    )
 
 
 def download(folder: Path) -> Path:
@@ -165,9 +169,15 @@ def download(folder: Path) -> Path:
         DataError: it cannot be downloaded or written.
     """
     partial, final = folder / ".partial", folder / "caltech101"
-    print(f"downloading Caltech101 (CC BY 4.0; Li, Andreeto, Ranzato, Perona) to {folder}", file=sys.stderr)
+    print(
+        f"downloading Caltech101 (CC BY 4.0; Li, Andreeto, Ranzato, Perona) to {folder}",
+        file=sys.stderr,
+    )
     try:
-        for leftover in ("caltech-101", "101_ObjectCategories"):  # of an extraction that was cut short
+        for leftover in (
+            "caltech-101",
+            "101_ObjectCategories",
+        ):  # of an extraction that was cut short
             shutil.rmtree(partial / leftover, ignore_errors=True)
         with warnings.catch_warnings():  # Python 3.12 and later warn of how archives are extracted
             warnings.simplefilter("ignore")
@@ -213,7 +223,9 @@ class Listing:
         folders = subfolders(root)
         for path in (path for name in folders for path in walk(root / name)):
             if is_image(path):
-                status = path.stat() if path.exists() else path.lstat()  # a broken link is named later
+                status = (
+                    path.stat() if path.exists() else path.lstat()
+                )  # a broken link is named later
                 times = status.st_mtime_ns, status.st_ctime_ns  # `mv` changes the second alone
                 self.files.append((path.relative_to(root).as_posix(), status.st_size, *times))
             elif path.name.lower() not in ("thumbs.db", "desktop.ini"):
@@ -246,11 +258,13 @@ class Listing:
         if len(classes) < 2 or None in part.values() or len(train) < 2:
             return {}
         for top, names in classes.items():
-            if part[top] == "train" and None in names or not names & train and names != {None}:
+            if (part[top] == "train" and None in names) or (not names & train and names != {None}):
                 return {}
             if None in names:
                 part[top] = None
-                self.notes.append(f"{top}: its images lie in no class folders, so they are passed over")
+                self.notes.append(
+                    f"{top}: its images lie in no class folders, so they are passed over"
+                )
         return {path: part[path.split("/")[0]] for path, *_ in self.files}
 
 
@@ -321,7 +335,9 @@ def draw_shape(outline: list[tuple[float, float]], rng: random.Random) -> Image.
     angle, stretch = rng.uniform(-0.35, 0.35), rng.uniform(0.8, 1)
     x0, y0 = (rng.uniform(radius, side - radius) for side in (width, height))
     cos, sin = radius * math.cos(angle), radius * math.sin(angle)
-    corners = [(x0 + stretch * x * cos - y * sin, y0 + stretch * x * sin + y * cos) for x, y in outline]
+    corners = [
+        (x0 + stretch * x * cos - y * sin, y0 + stretch * x * sin + y * cos) for x, y in outline
+    ]
     ImageDraw.Draw(image).polygon(corners, fill=colour(foreground))
     return image.filter(ImageFilter.GaussianBlur(0.7))
 
@@ -390,7 +406,11 @@ def build_cache(root: Path, paths: list[str], target: Path) -> dict:
     remove_stale(target)
     checksums, errors = [], {}
     progress = tqdm(total=len(paths), desc="decoding once", unit=" images", disable=None)
-    with complete_file(target.with_suffix(".uint8")) as out, progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with (
+        complete_file(target.with_suffix(".uint8")) as out,
+        progress,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
         for start in range(0, len(paths), 256):  # bounds what waits in memory
             chunk = paths[start : start + 256]
             decoded = pool.map(try_decode, (root / path for path in chunk))
@@ -422,14 +442,18 @@ def complete_file(path: Path, mode: str = "wb", **options):
 def remove_stale(target: Path) -> None:
     """Remove from a cache folder what killed processes left, and what images that changed or are gone left."""
     for file in target.parent.iterdir():
-        with contextlib.suppress(OSError, ValueError, KeyError):  # Windows keeps a file that is mapped
+        with contextlib.suppress(
+            OSError, ValueError, KeyError
+        ):  # Windows keeps a file that is mapped
             pixels = file.with_suffix(".uint8")
             if file.suffix == ".json":
                 same_root = file.name.split("-")[0] == target.name.split("-")[0]
                 if same_root or not os.path.isdir(json.loads(file.read_bytes())["root"]):
                     file.unlink()
                     pixels.unlink()
-            elif file.suffix == ".tmp" or (file == pixels and not file.with_suffix(".json").exists()):
+            elif file.suffix == ".tmp" or (
+                file == pixels and not file.with_suffix(".json").exists()
+            ):
                 if time.time() - file.stat().st_mtime > DAY:  # no process is writing it any more
                     file.unlink()
 
@@ -612,7 +636,9 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-def draw_uniforms(names: Sequence[str], images: int, seed: int, epoch: int) -> dict[str, torch.Tensor]:
+def draw_uniforms(
+    names: Sequence[str], images: int, seed: int, epoch: int
+) -> dict[str, torch.Tensor]:
     """Return, for each augmentation, the numbers in [0, 1) of each image in an epoch: (images, k)."""
     return {
         name: torch.rand(images, AUGMENTATIONS[name], generator=generator(name, seed, epoch))
@@ -688,7 +714,9 @@ def draw_changes(uniforms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if "flip" in uniforms:
         changes["mirror"] = torch.where(uniforms["flip"][:, 0] < 0.5, -one, one)
     if "color" in uniforms:
-        for name, number in zip(("brightness", "contrast", "saturation"), uniforms["color"].unbind(1), strict=True):
+        for name, number in zip(
+            ("brightness", "contrast", "saturation"), uniforms["color"].unbind(1), strict=True
+        ):
             changes[name] = COLOR * (2 * number - 1)
     if "trivial" in uniforms:
         operation, strength = uniforms["trivial"].unbind(1)

@@ -1,15 +1,14 @@
 """AlexNet, and saving and loading checkpoints.
 
-    network = AlexNet(num_classes=101)
-    logits = network(torch.rand(64, 3, 224, 224))  # (64, 101)
+network = AlexNet(num_classes=101)
+logits = network(torch.rand(64, 3, 224, 224))  # (64, 101)
 
-    save({"state_dict": network.state_dict(), ...}, "alexnet.pth")
-    network = build(load("alexnet.pth"))
+save({"state_dict": network.state_dict(), ...}, "alexnet.pth")
+network = build(load("alexnet.pth"))
 """
 
 import contextlib
 import os
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -154,30 +153,6 @@ def save(checkpoint: dict, path: str | Path) -> None:
             os.unlink(temporary)
 
 
-def check_writable(path: str | Path, size: int) -> None:
-    """Check, before any work, that `path` can become a file, with `size` bytes free beside it.
-
-    Raises:
-        CheckpointError: it cannot.
-    """
-    folder = Path(os.path.realpath(path)).parent
-    try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise OSError(0, "it is a folder or a device")
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(f"{os.path.realpath(path)}.tmp")  # as `save` names it
-        temporary.unlink(missing_ok=True)  # an earlier, killed process's: its space is free again
-        temporary.touch()
-        temporary.unlink()
-        if shutil.disk_usage(folder).free < size:
-            raise OSError(0, "too little free space")
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: checkpoints of {size / 1e6:.0f} MB cannot be saved there "
-            f"({error.strerror}); free some space or give another --ckpt"
-        ) from error
-
-
 def load(path: str | Path, verify: bool = True) -> dict:
     """Read a checkpoint onto the CPU without running any code that it may hold.
 
@@ -201,7 +176,9 @@ def load(path: str | Path, verify: bool = True) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         hint = "; train.py writes one" if isinstance(error, FileNotFoundError) else ""
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}){hint}") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error}){hint}"
+        ) from error
     except Exception as error:  # a damaged file makes the readers raise anything
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise

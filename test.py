@@ -36,7 +36,7 @@ from data import (
     walk,
 )
 from model import AlexNet, CheckpointError, build, load
-from train import Compute, Parser, evaluate, print0, printable, run_command, score, set_up, table
+from train import Compute, Parser, evaluate, printable, run_command, score, set_up, table
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 COLUMNS = ["path", "true_class", "predicted_class", "confidence", "loss"]  # of --predictions
@@ -54,7 +54,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--json", type=path, nargs="?", const="-", metavar="FILE", help="write the results to FILE, "
         "or print them")  # fmt: skip
     add("--predictions", type=path, metavar="FILE", help="write a CSV file, a row for each image")
-    add("--flip", action="store_true", help="also test with the mean over each image and its mirror")
+    add(
+        "--flip", action="store_true", help="also test with the mean over each image and its mirror"
+    )
     add("--versus", type=path, metavar="FILE", help="compare with another checkpoint")
     add("--images", nargs="+", metavar="PATH", help="classify images, or those in folders")
     add("--device", default="auto", help="as for train.py (%(default)s)")
@@ -65,7 +67,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("data", "cache", "split", "flip", "versus", "logdir"):
         if args.images and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} needs the data set, which --images does not use; give one of the two")
+            parser.error(
+                f"--{name} needs the data set, which --images does not use; give one of the two"
+            )
     return args
 
 
@@ -102,7 +106,9 @@ def metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> d
     loss, accuracy = score(logits, labels)
     hits = logits.argmax(1) == labels
     top5 = (logits.topk(min(5, len(classes))).indices == labels[:, None]).any(1)
-    count, right = (torch.bincount(which, minlength=len(classes)) for which in (labels, labels[hits]))
+    count, right = (
+        torch.bincount(which, minlength=len(classes)) for which in (labels, labels[hits])
+    )
     each = [
         {"name": name, "images": n, "accuracy": 100 * r / n if n else None}
         for name, n, r in zip(classes, count.tolist(), right.tolist(), strict=True)
@@ -292,7 +298,9 @@ def predict(args: argparse.Namespace, network: AlexNet, checkpoint: dict, comput
             likely = logits[0].float().softmax(0).topk(min(5, count))
             guesses = [
                 {"class": classes[label], "probability": probability}
-                for label, probability in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
+                for label, probability in zip(
+                    likely.indices.tolist(), likely.values.tolist(), strict=True
+                )
             ]
             answers.append({"path": str(file), "predictions": guesses})
             rows.append([file, "", guesses[0]["class"], guesses[0]["probability"], ""])
@@ -338,7 +346,9 @@ def warn(args: argparse.Namespace, checkpoint: dict, store: ImageStore, manifest
         seen = {store.checksums[path] for path in manifest["train"] if path in store.checksums}
         copies = [path for path in manifest[args.split] if store.checksums[path] in seen]
         if copies:
-            notes.append(f"{len(copies)} of these images, such as {copies[0]!r}, are copies of training images")
+            notes.append(
+                f"{len(copies)} of these images, such as {copies[0]!r}, are copies of training images"
+            )
     for note in notes:
         print(f"test.py: {note}", file=sys.stderr)
 
@@ -363,7 +373,9 @@ def compare(args, paths: list[str], hits: torch.Tensor, store: ImageStore, rows,
 def main(argv: list[str] | None = None) -> None:
     """Test or predict as `argv` says (default: the command line)."""
     args = parse(argv)
-    precision = args.precision or load(args.ckpt, verify=False).get("args", {}).get("precision", "auto")
+    precision = args.precision or load(args.ckpt, verify=False).get("args", {}).get(
+        "precision", "auto"
+    )
     compute = set_up(args.device, precision)
     network, checkpoint = load_network(args.ckpt, args.stride, compute)
     if args.images:

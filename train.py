@@ -22,12 +22,12 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,11 +46,11 @@ from tqdm import tqdm
 
 import data
 from data import DataError, ImageStore, generator, memory_format, seed_of, split, to_inputs
-from model import AlexNet, CheckpointError, check_writable, init_he, load, save, transfer, whiten
+from model import AlexNet, CheckpointError, init_he, load, save, transfer, whiten
 
 # --------------------------------------------------------------------------- recipes and flags
 
-RECIPES = {  # defaults of flags, for 30 epochs; --warmup-epochs grows with --epochs
+RECIPES = {  # defaults of flags, for 30 epochs; the warm-up grows with --epochs
     "report": dict(
         lr=1e-4, schedule="constant", warmup_epochs=0, weight_decay=0.0, label_smoothing=0.0,
         augment="none", train_size="224", ema=0.0, dropout=0.5, init="default",
@@ -64,21 +64,23 @@ INITS = ("default", "he", "whiten")  # or a file
 MAY_CHANGE = {"epochs", "data", "cache", "device", "ckpt", "logdir", "resume"}  # on --resume
 EVAL_BATCH = 128  # images in a batch without gradients
 VERSIONS = {  # what a result depends on besides the arguments
-    "program": 2, "python": platform.python_version(),
-    "torch": str(torch.__version__), "torchvision": torchvision.__version__,
-}  # fmt: skip
+    "program": 2,
+    "python": platform.python_version(),
+    "torch": str(torch.__version__),
+    "torchvision": torchvision.__version__,
+}
 
 
 class TrainingError(Exception):
     """Training or testing cannot continue; the message says what to change."""
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Show the module's docstring as it is, and the defaults of the flags."""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with the nearest flag for a misspelt one."""
-
-    def __init__(self, **options):
-        layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(allow_abbrev=False, formatter_class=layout, **options)
 
     def error(self, message: str):
         if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
@@ -96,7 +98,7 @@ def number(kind: type, low: float, high: float):
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return value
 
-    parse_number.__name__ = "whole number" if kind is int else "number"  # argparse's word for it
+    parse_number.__name__ = kind.__name__  # argparse names it in an error
     return parse_number
 
 
@@ -111,85 +113,57 @@ def matching(pattern: str, meaning: str):
     return check
 
 
-def path(text: str) -> str:
-    """Return `text` with ~ expanded, for argparse's `type`."""
-    return os.path.expanduser(text)
-
-
-def utf8_path(text: str) -> str:
-    """Return `text` with ~ expanded; torch and TensorBoard need UTF-8."""
-    text.encode()
-    return path(text)
-
-
-def get_parser() -> Parser:
-    """Return the parser of train.py's flags, with the report's defaults."""
+def get_parser(**options) -> Parser:
+    """Return the parser of train.py's flags; recipes set the defaults that are missing."""
     names = "|".join(data.AUGMENTATIONS)
-    augment = matching(f"none|({names})(,({names}))*", f"none or some of {names.replace('|', ',')}")
-    sizes = r"(6[4-9]|[7-9]\d|1\d\d|2[01]\d|22[0-4])"  # 64 to 224
-    train_size = matching(f"{sizes}(-{sizes})?", "a size from 64 to 224 or two of them, as 80-128")
+    augment = matching(f"none|({names})(,({names}))*", f"none or some of {names}")
+    size = r"(6[4-9]|[7-9]\d|1\d\d|2[01]\d|22[0-4])"  # 64 to 224
+    train_size = matching(f"{size}(-{size})?", "a size from 64 to 224 or two of them, as 80-128")
     device = matching(r"auto|cpu|mps|cuda(:\d{1,2})?", "one of auto, cpu, mps, cuda, cuda:N")
     name = matching(r"(?!\.\.?$)[^/\\\ud800-\udfff]+", "a plain name, without folders")
     ckpt = matching(r"(?s)(.*[/\\])?(?!\.*(last\.*)?$)[^/\\]+", "the name of a file")
-    parser = Parser(prog="train.py", description=__doc__)
+    utf8 = matching(r"[^\ud800-\udfff]*", "text in UTF-8, which TensorBoard needs")
+    parser = Parser("train.py", None, __doc__, formatter_class=HelpFormatter, **options)
+    parser.allow_abbrev = False
 
     add = parser.add_argument_group("experiment").add_argument
-    add("--recipe", choices=list(RECIPES), default="report", help="defaults for the flags that "
-        "name two defaults, of report and strong (default: %(default)s)")
-    add("--epochs", type=number(int, 1, 100_000), default=30, help="(default: %(default)s)")
-    add("--batch-size", type=number(int, 1, 65_536), default=64,
-        help="images in a step, over all processes (default: %(default)s)")
-    add("--lr", type=number(float, 1e-12, 100), help="peak learning rate of Adam (1e-4, 3e-4)")
-    add("--schedule", choices=["constant", "cosine"],
-        help="of the learning rate after the warm-up (constant, cosine)")
-    add("--warmup-epochs", type=number(float, 0, 10_000),
-        help="in which the learning rate rises from 0 (0, a fifteenth of --epochs)")
-    add("--weight-decay", type=number(float, 0, 100), help="decoupled, as in AdamW (0, 1)")
-    add("--label-smoothing", type=number(float, 0, 0.99),
-        help="share of the target that all classes get evenly (0, 0.1)")
-    add("--augment", type=augment, help=f"none, or some of {names.replace('|', ',')} "
-        "(none; crop,color,trivial)")
-    add("--train-size", type=train_size, help="pixels, height and width; A-B grows from A to B over "
-        "the first 80 %% of the epochs (224, 80-128)")
-    add("--test-size", type=number(int, 64, data.SIZE),
-        help="pixels, height and width, in validation and test (default: the largest --train-size)")
-    add("--ema", type=number(float, 0, 0.99999), help="decay a step of averaged weights, which are "
-        "then tested and saved; 0: no averaging (0, 0.998)")
-    add("--init", type=path, help="initial weights: default (PyTorch's), he, whiten (he, and a first "
-        "layer that whitens patches), or FILE: a checkpoint or another state_dict of AlexNet, such "
-        "as torchvision's (default, whiten)")
-    add("--seed", type=number(int, 0, 2**32), default=0,
-        help="of split, weights, order, augmentation and dropout (default: %(default)s)")
+    add("--recipe", choices=list(RECIPES), default="report", help="default values of other flags")
+    add("--epochs", type=number(int, 1, 100_000), default=30, help="passes over the images")
+    add("--batch-size", type=number(int, 1, 65_536), default=64, help="over all processes")
+    add("--lr", type=number(float, 1e-12, 100), help="peak learning rate of Adam")
+    add("--schedule", choices=["constant", "cosine"], help="of the learning rate, after warm-up")
+    add("--warmup-epochs", type=number(float, 0, 10_000), help="the learning rate rises from 0")
+    add("--weight-decay", type=number(float, 0, 100), help="decoupled, as in AdamW")
+    add("--label-smoothing", type=number(float, 0, 0.99), help="target share of all classes")
+    add("--augment", type=augment, help=f"none, or some of {','.join(data.AUGMENTATIONS)}")
+    add("--train-size", type=train_size, help="pixels a side; A-B grows over 80 %% of the epochs")
+    add("--test-size", type=number(int, 64, data.SIZE), help="None: the largest --train-size")
+    add("--ema", type=number(float, 0, 0.99999), help="decay a step of averaged weights, 0: none")
+    add("--init", help="initial weights: default, he, whiten, or FILE with weights of AlexNet")
+    add("--seed", type=number(int, 0, 2**32), default=0, help="of all that is random")
 
     add = parser.add_argument_group("network").add_argument
-    add("--stride", type=int, choices=[2, 4], default=2,
-        help="of the first convolution: 2 is the report's, 4 torchvision's (default: %(default)s)")
-    add("--dropout", type=number(float, 0, 0.99), help="probability (0.5, 0.3)")
+    add("--stride", type=int, choices=[2, 4], default=2, help="of the first layer; torchvision: 4")
+    add("--dropout", type=number(float, 0, 0.99), help="probability")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=path, default=data.DEFAULT_DATA, help="a folder of class folders, also inside "
-        "of train, val and test; or 'sample', a small data set that is drawn. The default is "
-        "downloaded if it is missing: Caltech101 (default: %(default)s)")
-    add("--cache", type=utf8_path, default=data.default_cache(),
-        help="folder for the decoded images (default: a folder in the user's cache folder)")
-    add("--skip-bad-images", action="store_true", help="continue without images that cannot be read")
+    add("--data", default=data.DEFAULT_DATA, help="folder of class folders, also inside of train, "
+        "val and test; 'sample' is drawn; Caltech101 is downloaded into the default")  # fmt: skip
+    add("--cache", type=utf8, default=data.default_cache(), help="folder for decoded images")
+    add("--skip-bad-images", action="store_true", help="continue without unreadable images")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=device, default="auto",
-        help="auto, cpu, mps, cuda or cuda:N (default: %(default)s)")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-        help="auto: 16 bits where the device computes so natively (default: %(default)s)")
-    add("--deterministic", action="store_true", help="the same numbers each time on CUDA, slower")
+    add("--device", type=device, default="auto", help="auto, cpu, mps, cuda or cuda:N")
+    precisions = ["auto", "fp32", "bf16", "fp16"]
+    add("--precision", choices=precisions, default="auto", help="auto: what is fast on the device")
+    add("--deterministic", action="store_true", help="the same numbers each time, also on CUDA")
 
     add = parser.add_argument_group("output").add_argument
-    add("--name", type=name, help="of the run (default: date and time)")
-    add("--ckpt", type=lambda text: path(ckpt(text)), help="best checkpoint; NAME.last.pth beside it "
-        "holds what --resume needs (default: the --name and .pth, or alexnet.pth)")
-    add("--resume", action="store_true", help="continue --ckpt's run, with its arguments; --epochs, "
-        "--data, --cache, --device and --logdir may be changed")
-    add("--logdir", type=utf8_path, default="runs",
-        help="folder of the runs that TensorBoard shows (default: %(default)s)")
-    return parser  # fmt: skip
+    add("--name", type=name, help="of the run; None: date and time")
+    add("--ckpt", type=ckpt, help="best weights; NAME.last.pth beside it is for --resume")
+    add("--resume", action="store_true", help="continue the run of --ckpt, with its arguments")
+    add("--logdir", type=utf8, default="runs", help="folder of the runs, for TensorBoard")
+    return parser
 
 
 def last_path(ckpt: str) -> Path:
@@ -203,45 +177,33 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | Non
 
     The command line wins over the checkpoint, and that over the recipe.
     """
-    parser = get_parser()
-    first, _ = parser.parse_known_args(argv)
-    recipe = RECIPES[first.recipe] | {"ckpt": f"{first.name}.pth" if first.name else "alexnet.pth"}
-    recipe["warmup_epochs"] *= first.epochs / 30
-    parser.set_defaults(**recipe)
-    last = last_path(first.ckpt or recipe["ckpt"])
-    checkpoint = load_last(last) if first.resume else restarted(last, parser)
+    first, _ = get_parser(add_help=False).parse_known_args(argv)
+    parser, recipe = get_parser(), RECIPES[first.recipe]
+    ckpt = os.path.expanduser(first.ckpt or f"{first.name or 'alexnet'}.pth")
+    warmup = recipe["warmup_epochs"] * first.epochs / 30
+    parser.set_defaults(**recipe | {"ckpt": ckpt, "warmup_epochs": warmup})
+    checkpoint = find_checkpoint(last_path(ckpt), first.resume)
     stored = checkpoint["args"] if checkpoint else {}
-    kept = vars(first).keys() - {"ckpt", "resume"}
-    parser.set_defaults(**{name: value for name, value in stored.items() if name in kept})
+    known = vars(first).keys() - {"ckpt", "resume"}
+    parser.set_defaults(**{name: value for name, value in stored.items() if name in known})
     args = parser.parse_args(argv)
-    for name in kept - MAY_CHANGE:
-        if name in stored and stored[name] != getattr(args, name):
+    for name, value in vars(args).items():
+        if name in known - MAY_CHANGE and stored.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
-            parser.error(
-                f"{flag} {getattr(args, name)} contradicts the run in {last}, which has {stored[name]}; "
-                f"leave {flag} out, or start a new run without --resume"
-            )
+            parser.error(f"{flag} {value} contradicts {last_path(ckpt)}, a run with {stored[name]}")
     if checkpoint and args.epochs < checkpoint["epoch"]:
-        parser.error(f"--epochs {args.epochs}: the run in {last} has trained {checkpoint['epoch']} epochs")
+        parser.error(f"--epochs {args.epochs}: the run has trained {checkpoint['epoch']} already")
     if args.warmup_epochs >= args.epochs:
-        parser.error(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}")
-    if args.init not in INITS:
-        if not checkpoint and not os.path.isfile(args.init):
-            parser.error(f"--init {args.init}: neither default, he or whiten nor a file")
-        args.init = os.path.abspath(args.init)
+        parser.error(f"--warmup-epochs {args.warmup_epochs} leaves nothing of {args.epochs} epochs")
+    for name in ("data", "cache", "logdir", "init"):  # so that they are found from any folder
+        value = getattr(args, name)
+        if (name, value) != ("data", "sample") and value not in INITS:
+            setattr(args, name, os.path.abspath(os.path.expanduser(value)))
+    if args.init not in INITS and not checkpoint and not os.path.isfile(args.init):
+        parser.error(f"--init {args.init}: no such file, nor one of {', '.join(INITS)}")
+    args.ckpt = ckpt
     args.test_size = args.test_size or size_range(args.train_size)[1]
-    for name in ("data", "cache", "logdir"):  # so that test.py finds them from any folder
-        if (name, getattr(args, name)) != ("data", "sample"):
-            setattr(args, name, os.path.abspath(getattr(args, name)))
     return args, checkpoint
-
-
-def load_last(path: Path) -> dict:
-    """Read the checkpoint that --resume needs; process 0 verifies it for all."""
-    checkpoint = load(path, verify=os.environ.get("RANK", "0") == "0")
-    if "optimizer" not in checkpoint:
-        raise CheckpointError(f"{path}: is not for --resume; train.py writes such a file as NAME.last.pth")
-    return checkpoint
 
 
 def launch_id() -> str | None:
@@ -250,15 +212,23 @@ def launch_id() -> str | None:
     return None if name == "none" else name
 
 
-def restarted(last: Path, parser: Parser) -> dict | None:
-    """Return the checkpoint to continue with if torchrun has restarted this process after a crash."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not last.exists():
+def find_checkpoint(last: Path, resume: bool) -> dict | None:
+    """Return the checkpoint to continue with: on --resume, or if torchrun has restarted us.
+
+    Raises:
+        CheckpointError: there is none, or nothing tells whether it is of this launch.
+    """
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if not resume and not (restarted and last.exists()):
         return None
-    if not launch_id():
-        parser.error("torchrun restarts a run only with --standalone or --rdzv-id; continue with --resume")
-    with contextlib.suppress(CheckpointError):
-        checkpoint = load_last(last)
-        return checkpoint if checkpoint.get("job") == launch_id() else None  # an earlier run's
+    checkpoint = load(last, verify=os.environ.get("RANK", "0") == "0")
+    if "optimizer" not in checkpoint:
+        raise CheckpointError(f"{last}: is not for --resume; train.py names those NAME.last.pth")
+    if resume or checkpoint.get("job") == launch_id() is not None:
+        return checkpoint
+    if launch_id():
+        return None  # an earlier run's
+    raise CheckpointError(f"{last}: give torchrun --standalone or --rdzv-id, or use --resume")
 
 
 # ------------------------------------------------------------------------- device and processes
@@ -287,11 +257,11 @@ class Compute:
 
     def max(self, value: int) -> int:
         """Return the largest `value` of all processes. It stays on the CPU, so no GPU waits."""
-        if self.world_size == 1:
-            return value
-        flag = torch.tensor(value)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return int(flag)
+        if self.world_size > 1:
+            flag = torch.tensor(value)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            value = int(flag)
+        return value
 
     @contextlib.contextmanager
     def first_on_machine(self):
@@ -306,26 +276,26 @@ class Compute:
 def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
     """Choose device and precision, and meet the other processes of torchrun or of a cluster.
 
-    Those are PyTorch's `env://` variables: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK.
+    They are told by PyTorch's `env://` variables: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
 
     Raises:
         TrainingError: the device or a variable is missing.
     """
-    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
     if device == "auto":
         mps = world_size == 1 and torch.backends.mps.is_available()  # gloo and NCCL have no MPS
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if world_size > 1 and (device == "mps" or device.startswith("cuda:")):
-        raise TrainingError(f"--device {device} is one device for {world_size} processes; give cuda or cpu")
+    if world_size > 1 and device not in ("cpu", "cuda"):
+        raise TrainingError(f"--device {device} for {world_size} processes; give cpu or cuda")
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-    if chosen.type == "cuda":
-        if chosen.index >= torch.cuda.device_count():
-            found = torch.cuda.device_count()
-            raise TrainingError(f"--device {chosen}: {found} CUDA devices here; try --device cpu")
-        torch.cuda.set_device(chosen)
-    elif chosen.type == "mps" and not torch.backends.mps.is_available():
+    if chosen.type == "cuda" and chosen.index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise TrainingError(f"--device {chosen}: {count} CUDA devices here; try --device cpu")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise TrainingError("--device mps: no such device here; try --device cpu")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
@@ -355,18 +325,16 @@ def cpu_features() -> set[str]:
     """Return the names of the CPU's instruction sets, as far as torch or Linux tells them."""
     if hasattr(torch.cpu, "get_capabilities"):  # older versions of torch do not have it
         return {name for name, able in torch.cpu.get_capabilities().items() if able}
-    with contextlib.suppress(OSError):
-        return set(Path("/proc/cpuinfo").read_text().split())
-    return set()
+    cpuinfo = Path("/proc/cpuinfo")
+    return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
 
 
 def device_name(device: torch.device) -> str:
     """Return a name of the device for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return device.type
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return cpu if device.type == "cpu" else device.type
 
 
 def print0(*values) -> None:
@@ -376,7 +344,7 @@ def print0(*values) -> None:
 
 
 class Interrupted(Exception):
-    """A signal asks the program to end; the first argument is its number."""
+    """A signal asks the program to end; the arguments are its number and what to do."""
 
 
 class StopSignal:
@@ -389,7 +357,7 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():  # others cannot handle signals
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 signum = getattr(signal, name, None)  # Windows has no SIGHUP
-                if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                if signum and signal.getsignal(signum) != signal.SIG_IGN:  # as nohup sets it
                     self.handlers[signum] = signal.signal(signum, self.handle)
         return self
 
@@ -402,19 +370,6 @@ class StopSignal:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         self.received = signum
-
-    def summary(self) -> dict:
-        """Return what `summary.json` holds."""
-        return {
-            "command": self.about["command"],
-            "arguments": self.about["args"],
-            "versions": VERSIONS,
-            "checkpoint": os.path.abspath(self.ckpt),
-            "epochs": len(self.history),
-            "best_epoch": self.best["epoch"],
-            "best_accuracy": self.best["valid_accuracy"],
-            "seconds": sum(row["seconds"] for row in self.history),
-        }
 
     def check(self) -> None:
         """Raise Interrupted in all processes if one has received a signal."""
@@ -599,10 +554,27 @@ class Trainer:
         self.sums += torch.stack([shown, hits, torch.full_like(hits, len(labels))])
         self.step += 1
 
-    def next_epoch(self) -> None:
-        """Count the epoch as completed."""
+    def end_epoch(self, train: tuple, valid: tuple, seconds: float) -> dict:
+        """Count the epoch as completed; return its row of the history.
+
+        Args:
+            train, valid: mean loss and accuracy in percent.
+            seconds: the time since the last row.
+        """
+        row = {
+            "train_loss": train[0],
+            "train_accuracy": train[1],
+            "valid_loss": valid[0],
+            "valid_accuracy": valid[1],
+            "images_per_second": len(self.rows) / self.seconds,
+            "seconds": seconds,
+        }
+        # event files hold float32: so all outputs agree to the last digit
+        row = {name: torch.tensor(value).item() for name, value in row.items()}
+        rate = self.optimizer.param_groups[0]["lr"]
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.sums.zero_()
+        return {"epoch": self.epoch, "learning_rate": rate, **row}
 
     def means(self, sums: torch.Tensor) -> tuple[float, float]:
         """Return the mean loss and the accuracy in percent from sums as in `self.sums`.
@@ -684,7 +656,9 @@ def train_epoch(trainer: Trainer, stop: StopSignal) -> tuple[float, float]:
             trainer.train_step(*batch, end - start)
             trainer.seconds = time.perf_counter() - started
             bar.update(end - start)
-            if compute.device.type == "cpu" or time.perf_counter() - read > 1:  # a GPU is waited for
+            if (
+                compute.device.type == "cpu" or time.perf_counter() - read > 1
+            ):  # a GPU is waited for
                 loss, accuracy = trainer.means(trainer.sums)
                 read, status = time.perf_counter(), f"loss {loss:.4f}, accuracy {accuracy:.2f} %"
                 bar.set_postfix_str(status, refresh=False)
@@ -713,9 +687,9 @@ class Log:
         self.train = SummaryWriter(folder / "train", purge_step=purge)
         self.valid = SummaryWriter(folder / "valid", purge_step=purge)
 
-    def start(self, trainer: Trainer, about: dict) -> None:
+    def start(self, trainer: "Trainer", about: dict) -> None:
         """Log once what the run is: the network, its first batch, its arguments and images."""
-        network, args = trainer.network.eval(), trainer.args
+        network, compute = trainer.network.eval(), trainer.compute
         rows, uniforms = trainer.epoch_plan()
         batch, _ = trainer.inputs(rows[:64], {name: u[:64] for name, u in uniforms.items()})
         self.train.add_image("first_batch", make_grid(data.to_pixels(batch), nrow=8), 0)
@@ -724,42 +698,53 @@ class Log:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TensorBoard's tracer is deprecated
             self.train.add_graph(network, batch[:1])
-        gigaflops, pixels = flops.get_total_flops() / 1e9, batch.shape[-1]
         facts = {
             "command": f"`{about['command']}`",
             "images": ", ".join(f"{part} {len(paths)}" for part, paths in about["split"].items()),
             "classes": len(about["classes"]),
             "parameters": f"{sum(p.numel() for p in network.parameters()):,}",
-            "arithmetic": f"{gigaflops:.2f} GFLOP an image at {pixels} pixels, forward",
-            "computed on": f"{device_name(trainer.compute.device)}, {trainer.compute.dtype}",
+            "arithmetic": f"{flops.get_total_flops() / 1e9:.2f} GFLOP for an image, forward",
+            "computed on": f"{device_name(compute.device)}, {compute.dtype}",
             **VERSIONS,
-            **vars(args),
+            **about["args"],
         }
         self.train.add_text("run", table(["", ""], facts.items()), 0)
-        names = ["recipe", "epochs", "batch_size", "seed", "stride", "test_size", *RECIPES["report"]]
-        chosen = {name: getattr(args, name) for name in names}
-        for summary in hparams(chosen, {"best_accuracy": None, "best_loss": None}):
-            self.valid.file_writer.add_summary(summary)
+        names = ["recipe", "epochs", "batch_size", "seed", "stride", *RECIPES["report"]]
+        chosen = {name: about["args"][name] for name in names}
+        for event in hparams(chosen, {"best_accuracy": None, "best_loss": None}):
+            self.valid.file_writer.add_summary(event)
 
-    def epoch(self, history: list[dict], is_best: bool, weight: torch.Tensor, summary: dict):
-        """Log a completed epoch, the last row of `history`, and the first layer's filters."""
-        row = history[-1]
+    def epoch(self, history: list[dict], checkpoints: "Checkpoints") -> None:
+        """Log a completed epoch, the last row of `history`."""
+        row, best, about = history[-1], checkpoints.best, checkpoints.about
+        step = row["epoch"]
         for name in ("learning_rate", "images_per_second"):
-            self.train.add_scalar(name, row[name], row["epoch"])
+            self.train.add_scalar(name, row[name], step)
+        weight = checkpoints.trainer.evaluated.features[0].weight
         filters = make_grid(weight, nrow=8, padding=1, normalize=True, scale_each=True)
         filters = filters.repeat_interleave(4, 1).repeat_interleave(4, 2)
-        self.train.add_image("filters", filters, row["epoch"])
+        self.train.add_image("filters", filters, step)
         for tag in ("loss", "accuracy"):
-            self.train.add_scalar(tag, row[f"train_{tag}"], row["epoch"])
-            self.valid.add_scalar(tag, row[f"valid_{tag}"], row["epoch"])
-            if is_best:
-                self.valid.add_scalar(f"best_{tag}", row[f"valid_{tag}"], row["epoch"])
+            self.train.add_scalar(tag, row[f"train_{tag}"], step)
+            self.valid.add_scalar(tag, row[f"valid_{tag}"], step)
+            if step == best["epoch"]:
+                self.valid.add_scalar(f"best_{tag}", row[f"valid_{tag}"], step)
         self.train.flush()
         self.valid.flush()
         with data.complete_file(self.folder / "history.csv", "w", newline="") as file:
             rows = csv.DictWriter(file, row)
             rows.writeheader()
             rows.writerows(history)
+        summary = {
+            "command": about["command"],
+            "arguments": about["args"],
+            "versions": VERSIONS,
+            "checkpoint": os.path.abspath(checkpoints.ckpt),
+            "epochs": step,
+            "best_epoch": best["epoch"],
+            "best_accuracy": best["valid_accuracy"],
+            "seconds": sum(row["seconds"] for row in history),
+        }
         with data.complete_file(self.folder / "summary.json", "w") as file:
             json.dump(summary, file, indent=2)
 
@@ -768,8 +753,8 @@ class Log:
         self.valid.close()
 
 
-def table(header: list[str], rows: Iterable[Iterable]) -> str:
-    """Return a Markdown table."""
+def table(header: list[str], rows) -> str:
+    """Return a Markdown table; bytes in the name of a file that are not text are escaped."""
     lines = [header, ["---"] * len(header), *rows]
     cells = ([printable(cell).replace("|", r"\|") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
@@ -781,7 +766,7 @@ def printable(value: object) -> str:
 
 
 def run_folder(logdir: str, name: str | None, resumed: bool) -> Path:
-    """Return the folder of a run; a second run of one name gets `-2` behind it."""
+    """Return the new folder of a run; a second run of one name gets `-2` behind it."""
     name = name or time.strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in itertools.count(1):
         folder = Path(logdir, name if attempt == 1 else f"{name}-{attempt}")
@@ -795,8 +780,10 @@ def hold(ckpt: str):
     """Lock `ckpt`, where the system can, so that no two runs write one checkpoint.
 
     Raises:
-        TrainingError: another process holds it.
+        TrainingError: another process holds it, or it is a folder.
     """
+    if os.path.isdir(ckpt):
+        raise TrainingError(f"{ckpt}: is a folder; --ckpt takes the name of a file")
     Path(ckpt).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{ckpt}.lock", "w") as lock:
         try:
@@ -804,7 +791,7 @@ def hold(ckpt: str):
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TrainingError(f"{ckpt}: another run is writing it; give --name") from None
+            raise TrainingError(f"{ckpt}: another run writes it now; give --name") from None
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
         try:
@@ -812,20 +799,6 @@ def hold(ckpt: str):
         finally:
             with contextlib.suppress(OSError):  # Windows keeps an open file
                 os.unlink(lock.name)
-
-
-def checkpoint_sizes(trainer: Trainer) -> tuple[int, int]:
-    """Return the bytes of the best checkpoint and of the one for --resume."""
-    best = sum(p.numel() * p.element_size() for p in trainer.network.parameters())
-    return best, best * (4 if trainer.averaged else 3)  # Adam has two moments
-
-
-def check_space(trainer: Trainer) -> None:
-    """Check, before training, the room for both checkpoints and a new one beside the old."""
-    best, last = checkpoint_sizes(trainer)
-    files = [Path(trainer.args.ckpt), last_path(trainer.args.ckpt)]
-    present = sum(file.stat().st_size for file in files if file.is_file())
-    check_writable(trainer.args.ckpt, max(last, best + 2 * last - present))
 
 
 class Checkpoints:
@@ -839,13 +812,26 @@ class Checkpoints:
         about: what both files hold besides.
         history: the rows of `history.csv`.
         best: epoch and valid_accuracy of the weights in `--ckpt`; None if they are not this run's.
+
+    Raises:
+        CheckpointError: the disk has too little space.
     """
 
-    def __init__(self, trainer: Trainer, about: dict, history: list[dict], best: dict | None):
+    def __init__(self, trainer: "Trainer", about: dict, history: list[dict], best: dict | None):
         self.trainer, self.about, self.history, self.best = trainer, about, history, best
         self.ckpt, self.weights = trainer.args.ckpt, None
-        self.seconds = sum(checkpoint_sizes(trainer)) / 100e6  # of the first save: a slow disk's
+        size = sum(p.nbytes for p in trainer.network.parameters())
+        state = size * (4 if trainer.averaged else 3)  # Adam has two moments
+        self.seconds = (size + state) / 100e6  # of the first save: a slow disk's
         self.saved_at = time.perf_counter()
+        files = [Path(self.ckpt), last_path(self.ckpt)]
+        present = sum(file.stat().st_size for file in files if file.is_file())
+        needed = max(size + 2 * state - present, state)  # a new state is written beside the old
+        if trainer.compute.rank == 0 and shutil.disk_usage(files[0].parent).free < needed:
+            raise CheckpointError(
+                f"{self.ckpt}: checkpoints need {needed / 1e6:.0f} MB there; free some space or "
+                "give another --ckpt"
+            )
 
     def keep_best(self, row: dict) -> bool:
         """Keep the present weights if their validation accuracy is the best so far."""
@@ -882,43 +868,27 @@ class Checkpoints:
         if self.trainer.compute.max(due and self.trainer.compute.rank == 0):
             self.save()
 
-    def summary(self) -> dict:
-        """Return what `summary.json` holds."""
-        return {
-            "command": self.about["command"],
-            "arguments": self.about["args"],
-            "versions": VERSIONS,
-            "checkpoint": os.path.abspath(self.ckpt),
-            "epochs": len(self.history),
-            "best_epoch": self.best["epoch"],
-            "best_accuracy": self.best["valid_accuracy"],
-            "seconds": sum(row["seconds"] for row in self.history),
-        }
-
 
 def saved_best(ckpt: str, checkpoint: dict) -> dict | None:
-    """Return epoch and valid_accuracy of the weights in `ckpt` if they are the best of this run.
+    """Return epoch and valid_accuracy of the weights in `ckpt` if they are this run's best.
 
-    They are from a later epoch than `checkpoint` if the process was killed between the two files.
+    They are of a later epoch than `checkpoint` if the process was killed between the two files.
     """
     try:
         found = load(ckpt, verify=False)
-    except CheckpointError:
+        best = {name: found[name] for name in ("epoch", "valid_accuracy")}
+        later = best["epoch"] > checkpoint["epoch"] and found["run"] == checkpoint["run"]
+        top = max(checkpoint["history"], key=lambda row: row["valid_accuracy"], default={})
+        same = found["split"] == checkpoint["split"] and (later or best.items() <= top.items())
+        return best if same else None
+    except (CheckpointError, KeyError):  # missing, or another program's
         return None
-    best = {name: found.get(name) for name in ("epoch", "valid_accuracy")}
-    top = max(checkpoint["history"], key=lambda row: row["valid_accuracy"], default=None)  # the first
-    later = Path(found.get("run", "")).name == Path(checkpoint["run"]).name
-    if found.get("split") != checkpoint["split"] or best["epoch"] is None:
-        return None
-    if best["epoch"] > checkpoint["epoch"]:
-        return best if later else None
-    return best if top and best.items() <= top.items() else None
 
 
 # -------------------------------------------------------------------------------------- main
 
 
-def build_trainer(args: argparse.Namespace, checkpoint: dict | None, compute: Compute) -> tuple[Trainer, dict]:
+def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trainer, dict]:
     """Return the trainer, where `checkpoint` left it, and the manifest of the split.
 
     Raises:
@@ -926,17 +896,17 @@ def build_trainer(args: argparse.Namespace, checkpoint: dict | None, compute: Co
     """
     with compute.first_on_machine():
         store = ImageStore(args.data, args.cache, args.skip_bad_images)
-    for note in store.notes:
-        print0(note)
-    if checkpoint and (checkpoint["fingerprint"], checkpoint["classes"]) != (store.fingerprint, store.classes):
-        changes = store.changes(checkpoint["checksums"]) if "checksums" in checkpoint else ""
-        raise DataError(f"{store.root}: its images have changed since the run began: {changes}; restore them")
+    if checkpoint and checkpoint["fingerprint"] != store.fingerprint:
+        changes = store.changes(checkpoint.get("checksums", {}))
+        raise DataError(f"{store.root}: its images have changed since the run began: {changes}")
     manifest = checkpoint["split"] if checkpoint else split(store, args.seed)
     rows = store.rows(manifest["train"])
-    untrained = set(store.labels.tolist()) - set(store.labels[rows].tolist())
+    untrained = sorted(set(store.labels.tolist()) - set(store.labels[rows].tolist()))
     if untrained:
-        names = data.shortened([store.classes[label] for label in sorted(untrained)])
-        print0(f"classes without training images: {names}")
+        names = data.shortened([store.classes[label] for label in untrained])
+        store.notes.append(f"classes without training images: {names}")
+    for note in store.notes:
+        print0(note)
     store.move_to(compute.device)
     if checkpoint:
         network = AlexNet(len(store.classes), args.stride, args.dropout)
@@ -948,14 +918,20 @@ def build_trainer(args: argparse.Namespace, checkpoint: dict | None, compute: Co
     return trainer, manifest
 
 
-def describe(trainer: Trainer, manifest: dict, folder: Path) -> dict:
-    """Return what both checkpoints hold besides weights and state, to test and to use the weights."""
-    args, store = trainer.args, trainer.store
-    return {
+def open_outputs(trainer: Trainer, manifest: dict, checkpoint: dict | None):
+    """Return the run's checkpoints and, in process 0, its log; print what is trained on what."""
+    args, store, compute = trainer.args, trainer.store, trainer.compute
+    history, best, folder, log = [], None, Path(args.logdir), None
+    if checkpoint:
+        history, best = checkpoint["history"], saved_best(args.ckpt, checkpoint)
+    if compute.rank == 0:
+        name = Path(checkpoint["run"]).name if checkpoint else args.name
+        folder = run_folder(args.logdir, name, resumed=bool(checkpoint))
+    about = {
         "classes": store.classes,
         "stride": args.stride,
         "seed": args.seed,
-        "size": args.test_size,  # pixels, height and width
+        "size": args.test_size,  # with mean and std, what a script needs to use the weights
         "mean": data.MEAN,
         "std": data.STD,
         "args": vars(args),
@@ -966,63 +942,31 @@ def describe(trainer: Trainer, manifest: dict, folder: Path) -> dict:
         "fingerprint": store.fingerprint,
         "checksums": store.checksums,
     }
-
-
-def open_outputs(
-    trainer: Trainer, manifest: dict, checkpoint: dict | None
-) -> tuple[Checkpoints, Log | None, list[str]]:
-    """Return where a run saves and logs (process 0 alone), and an earlier run's files in its way.
-
-    Raises:
-        CheckpointError: the checkpoints cannot be written.
-    """
-    args, history, log, earlier = trainer.args, [], None, []
-    best, folder = None, Path(args.logdir)
+    checkpoints = Checkpoints(trainer, about, history, best)
+    checkpoints.earlier = not checkpoint and last_path(args.ckpt).exists()
+    if compute.rank == 0:
+        started = bool(trainer.epoch or trainer.step)
+        log = Log(folder, purge=trainer.epoch + 1 if started else None)
+        if not started:
+            log.start(trainer, about)
+    train, valid, test = (len(manifest[part]) for part in ("train", "valid", "test"))
+    print0(
+        f"recipe {args.recipe}: {args.epochs} epochs, batch {args.batch_size}, "
+        f"{args.train_size} pixels (tested at {args.test_size}), "
+        f"{str(compute.dtype).removeprefix('torch.')} on {device_name(compute.device)}\n"
+        f"{len(store.classes)} classes, {train} training, {valid} validation and {test} test "
+        f"images: one validation image is {100 / valid:.2g} points\n"
+        f"log in {os.path.relpath(folder)}, best weights in {args.ckpt}"
+    )
     if checkpoint:
-        history, best = checkpoint["history"], saved_best(args.ckpt, checkpoint)
+        print0(f"continuing after epoch {trainer.epoch}, step {trainer.step} of {trainer.steps}")
         if history and not best:
-            print0(f"{args.ckpt}: does not hold the best weights of this run; only later epochs can")
-    if trainer.compute.rank == 0:
-        check_space(trainer)
-        name = Path(checkpoint["run"]).name if checkpoint else args.name
-        folder = run_folder(args.logdir, name, resumed=bool(checkpoint))
-        if not checkpoint:
-            earlier = [str(p) for p in (Path(args.ckpt), last_path(args.ckpt)) if p.exists()]
-        log = Log(folder, purge=trainer.epoch + 1 if trainer.epoch or trainer.step else None)
-    about = describe(trainer, manifest, folder)
-    if log and not trainer.epoch and not trainer.step:
-        log.start(trainer, about)
-    return Checkpoints(trainer, about, history, best), log, earlier
-
-
-def print_opening(trainer: Trainer, about: dict, resumed: bool, earlier: list[str]) -> None:
-    """Print what is trained, on what, and where it goes."""
-    args, compute = trainer.args, trainer.compute
-    counts = [len(about["split"][part]) for part in ("train", "valid", "test")]
-    precision = str(compute.dtype).removeprefix("torch.")
-    print0(
-        f"recipe {args.recipe}: {args.epochs} epochs, batch {args.batch_size}, {args.train_size} pixels "
-        f"(tested at {args.test_size}), {precision} on {device_name(compute.device)}"
-    )
-    print0(
-        f"{len(about['classes'])} classes; {counts[0]} training, {counts[1]} validation and {counts[2]} "
-        f"test images, so one validation image is {100 / counts[1]:.2g} points"
-    )
-    print0(f"log in {os.path.relpath(about['run'])}, best weights in {args.ckpt}")
-    if resumed:
-        print0(f"continuing after epoch {trainer.epoch}, step {trainer.step}")
-    if earlier:
-        print0(f"{' and '.join(earlier)}: an earlier run's, replaced by this one's first checkpoint")
+            print0(f"{args.ckpt}: not the best weights of this run; only a later epoch's can be")
+    if checkpoints.earlier:
+        print0(f"{args.ckpt} is of an earlier run, which this one replaces when it saves")
     if trainer.steps == 1:
-        print0(f"--batch-size {args.batch_size} is all of the training images: one step an epoch")
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people, such as 1 h 02 min, 12 min or 34 s."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+        print0(f"--batch-size {args.batch_size} takes all images at once: one step an epoch")
+    return checkpoints, log
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1030,66 +974,61 @@ def main(argv: list[str] | None = None) -> None:
     args, checkpoint = parse(argv)
     compute = set_up(args.device, args.precision, args.deterministic)
     if args.batch_size % compute.world_size:
-        raise TrainingError(f"--batch-size {args.batch_size} must be a multiple of {compute.world_size} processes")
+        raise TrainingError(f"--batch-size must be a multiple of {compute.world_size} processes")
     trainer, manifest = build_trainer(args, checkpoint, compute)
-    store, valid_rows = trainer.store, trainer.store.rows(manifest["valid"])
-    valid_labels = store.labels.cpu()[valid_rows]
+    store, rows = trainer.store, trainer.store.rows(manifest["valid"])
+    labels = store.labels.cpu()[rows]
     lock = hold(args.ckpt) if compute.rank == 0 else contextlib.nullcontext()
     with lock, StopSignal(compute) as stop:
-        checkpoints, log, earlier = open_outputs(trainer, manifest, checkpoint)
-        print_opening(trainer, checkpoints.about, bool(checkpoint), earlier)
+        checkpoints, log = open_outputs(trainer, manifest, checkpoint)
         del checkpoint  # as large as the trainer
-        first_epoch, history = trainer.epoch, checkpoints.history
+        history, first = checkpoints.history, trainer.epoch
         started = time.perf_counter() - trainer.seconds
         try:
             while trainer.epoch < args.epochs:
-                train_loss, train_accuracy = train_epoch(trainer, stop)
-                network = trainer.evaluated
-                logits = evaluate(network, store, valid_rows, args.test_size, compute, stop=stop)
-                valid_loss, valid_accuracy = score(logits, valid_labels)
-                trainer.check_finite(valid_loss)  # the last step may have broken the weights
+                train = train_epoch(trainer, stop)
+                network, size = trainer.evaluated, args.test_size
+                valid = score(evaluate(network, store, rows, size, compute, stop=stop), labels)
+                trainer.check_finite(valid[0])  # the last step may have broken the weights
                 now = time.perf_counter()
-                row = {
-                    "train_loss": train_loss,
-                    "train_accuracy": train_accuracy,
-                    "valid_loss": valid_loss,
-                    "valid_accuracy": valid_accuracy,
-                    "images_per_second": len(trainer.rows) / trainer.seconds,
-                    "seconds": now - started,  # saving after the epoch before included
-                }
-                started = now
-                # event files hold float32: so all outputs agree to the last digit
-                row = {name: torch.tensor(value).item() for name, value in row.items()}
-                rate = trainer.optimizer.param_groups[0]["lr"]
-                history.append({"epoch": trainer.epoch + 1, "learning_rate": rate, **row})
-                trainer.next_epoch()
+                history.append(trainer.end_epoch(train, valid, seconds=now - started))
+                started = now  # so an epoch's seconds include the saving of the one before
                 is_best = checkpoints.keep_best(history[-1])
                 if log:
-                    log.epoch(history, is_best, network.features[0].weight, checkpoints.summary())
+                    log.epoch(history, checkpoints)
                 checkpoints.save_if_due()
                 print_epoch(history, args.epochs, is_best)
         except Interrupted as interrupted:
-            if compute.max(len(earlier)) and not trainer.epoch:
-                raise Interrupted(*interrupted.args, "the earlier run's checkpoints are kept") from None
-            checkpoints.save()
-            raise Interrupted(*interrupted.args, f"continue with: {resume_command(args)}") from None
+            advice = "the earlier run's checkpoints are kept"
+            if trainer.epoch or not compute.max(checkpoints.earlier):
+                checkpoints.save()
+                advice = f"continue with: {resume_command(args.ckpt)}"
+            raise Interrupted(*interrupted.args, advice) from None
         finally:
-            checkpoints.save_best()
-        if trainer.epoch > first_epoch:
+            checkpoints.save_best()  # also when training breaks
+        if trainer.epoch > first:
             checkpoints.save()
         if log:
             log.close()
     print_end(args, history, checkpoints.best)
 
 
-def resume_command(args: argparse.Namespace) -> str:
-    """Return the command that continues the run."""
-    ckpt = "" if args.ckpt == "alexnet.pth" else f" --ckpt {shlex.quote(args.ckpt)}"
-    return f"python train.py --resume{ckpt}"
+def resume_command(ckpt: str) -> str:
+    """Return the command that continues a run."""
+    flag = "" if ckpt == "alexnet.pth" else f" --ckpt {shlex.quote(ckpt)}"
+    return f"python train.py --resume{flag}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: 1 h 02 min, 12 min or 34 s."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
 def print_epoch(history: list[dict], epochs: int, is_best: bool) -> None:
-    """Print the line of a completed epoch."""
+    """Print the line of a completed epoch, the last row of `history`."""
     row = history[-1]
     left = (epochs - row["epoch"]) * sum(each["seconds"] for each in history) / len(history)
     print0(
@@ -1102,22 +1041,24 @@ def print_epoch(history: list[dict], epochs: int, is_best: bool) -> None:
 
 
 def print_end(args: argparse.Namespace, history: list[dict], best: dict | None) -> None:
-    """Print the result of a finished run, and what to do with it."""
-    total = duration(sum(row["seconds"] for row in history))
-    print0(f"{len(history)} epochs in {total}; {resume_command(args)} --epochs {2 * len(history)} trains longer")
+    """Print the result of a finished run, and what to do next."""
+    total, ckpt = duration(sum(row["seconds"] for row in history)), shlex.quote(args.ckpt)
     if best:
         accuracy = f"valid accuracy {best['valid_accuracy']:.2f} %"
         print0(f"best: epoch {best['epoch']}, {accuracy}, saved in {args.ckpt}")
-        print0(f"next: python test.py --ckpt {shlex.quote(args.ckpt)}")
+        print0(f"next: python test.py --ckpt {ckpt}")
     print0(f"      tensorboard --logdir {shlex.quote(os.path.relpath(args.logdir))}")
+    more = f"{resume_command(args.ckpt)} --epochs {2 * len(history)}"
+    print0(f"trained {len(history)} epochs in {total}; to train longer: {more}")
 
 
 def run_command(main) -> None:
     """Run `main()`. What a user can fix ends as one line on standard error and an exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not; a file's name may not be text
+        if hasattr(stream, "reconfigure"):  # the name of a file may not be text; not in a notebook
             stream.reconfigure(errors="backslashreplace")
     threading.excepthook = ignore_writer
+    status, rank = 1, os.environ.get("RANK", "0")
     try:
         main()
         if dist.is_initialized():
@@ -1126,33 +1067,33 @@ def run_command(main) -> None:
     except (KeyboardInterrupt, Interrupted) as interrupted:
         signum, *advice = interrupted.args or [signal.SIGINT]
         message, status = "; ".join(["interrupted", *advice]), 128 + signum
-        if os.environ.get("RANK", "0") != "0":
+        if rank != "0":
             sys.exit(status)
     except (DataError, CheckpointError, TrainingError) as error:
-        message, status = f"error: {error}", 1
+        message = f"error: {error}"
     except OSError as error:
         place = os.fsdecode(error.filename or "output")
-        message, status = f"error: {place}: {error.strerror or error}", 1
+        message = f"error: {place}: {error.strerror or error}"
     except (RuntimeError, MemoryError) as error:
-        message, status = f"error: {explain(error)}", 1
-    if os.environ.get("RANK", "0") != "0":  # process 0 most likely says the same
-        time.sleep(5)  # and the launcher then ends this one
+        message = f"error: {explain(error)}"
+    if rank != "0":  # process 0 most likely says the same, and the launcher ends this one
+        time.sleep(5)
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
 def explain(error: Exception) -> str:
     """Return what a user can do about an error of torch's; raise it again if that is nothing."""
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    if isinstance(error, MemoryError) or any(word in str(error) for word in words):
-        return "out of memory; try half the --batch-size, a smaller --train-size, or --device cpu"
+    memory = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in memory):
+        return "out of memory; try half the --batch-size, a smaller --train-size or --device cpu"
     if isinstance(error, dist.DistError) or "gloo" in str(error):
-        return "another process was lost; its own message, or torchrun's report, says why"
+        return "another process was lost; its own message, or the launcher's, says why"
     raise error
 
 
 def ignore_writer(failure) -> None:
-    """Pass over an error in TensorBoard's writing thread, which raises it again in this one."""
+    """Pass over an error in TensorBoard's writing thread, which also raises it in this one."""
     if type(failure.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(failure)
 

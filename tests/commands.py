@@ -1,6 +1,6 @@
 """Run the command lines as processes that start in a moment.
 
-A fork server imports torch once. Its children run `train.py` or `test.py` from `run_cli` on, with
+A fork server imports torch once. Its children run `train.py` or `test.py` from `run_command` on, with
 narrow linear layers, so that a checkpoint has 12 MB and a step takes milliseconds.
 """
 
@@ -35,7 +35,7 @@ def _child(program: str, argv: list[str], folder: str, before) -> None:
         before()
     sys.argv = [f"{program}.py", *argv]
     try:
-        train.run_cli({"train": train, "test": test}[program].main)
+        train.run_command({"train": train, "test": test}[program].main)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -65,4 +65,4 @@ if __name__ == "__main__":
         count_decoded(os.environ["DECODED"])
     if os.environ.get("LATE") == os.environ["RANK"]:
         time.sleep(2)
-    train.run_cli({"train": train, "test": test}[program].main)
+    train.run_command({"train": train, "test": test}[program].main)
