@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import mmap
@@ -30,6 +31,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,13 +94,11 @@ def is_system(name: str) -> bool:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder, sorted, and of broken links, without system's."""
+    """Return the names of a folder's folders and broken links, sorted, without the system's."""
     return sorted(
-        entry.name
-        for entry in os.scandir(folder)
-        if not is_system(entry.name)
-        and (entry.is_dir() or (entry.is_symlink() and not os.path.exists(entry.path)))
-        and Path(entry.name).suffix.lower() not in suffixes()
+        path.name
+        for path in folder.iterdir()
+        if not is_system(path.name) and (path.is_dir() or not path.exists())
     )
 
 
@@ -142,10 +142,7 @@ def locate(data: str, cache: str) -> Path:
     if data == "sample":
         return draw_sample(Path(cache) / "sample")
     folder = Path(data)
-    caltech101 = [
-        folder / name / "101_ObjectCategories" for name in (".", "caltech101", "caltech-101")
-    ]
-    for place in (*caltech101, folder):
+    for place in (*folder.glob("101_ObjectCategories"), *folder.glob("caltech*101/101_*"), folder):
         if place.is_dir():
             while len(names := subfolders(place)) == 1 and subfolders(place / names[0]):
                 place = place / names[0]
@@ -154,9 +151,7 @@ def locate(data: str, cache: str) -> Path:
     if folder.resolve() == Path(DEFAULT_DATA).resolve():
         return download(folder)
     problem = "no class folders with images there" if folder.is_dir() else "no such folder"
-    raise DataError(
-        f"{data}: {problem}; --data takes a folder with a folder for each class, or 'sample'"
-    )
+    raise DataError(f"{data}: {problem}; --data takes a folder of class folders, or 'sample'")
 
 
 def download(folder: Path) -> Path:
@@ -169,21 +164,13 @@ def download(folder: Path) -> Path:
         DataError: it cannot be downloaded or written.
     """
     partial, final = folder / ".partial", folder / "caltech101"
-    print(
-        f"downloading Caltech101 (CC BY 4.0; Li, Andreeto, Ranzato, Perona) to {folder}",
-        file=sys.stderr,
-    )
+    print(f"downloading Caltech101, by Li, Andreeto, Ranzato, Perona, CC BY 4.0, to {folder}")
     try:
-        for leftover in (
-            "caltech-101",
-            "101_ObjectCategories",
-        ):  # of an extraction that was cut short
+        for leftover in ("caltech-101", "101_ObjectCategories"):  # half an extraction
             shutil.rmtree(partial / leftover, ignore_errors=True)
         with warnings.catch_warnings():  # Python 3.12 and later warn of how archives are extracted
             warnings.simplefilter("ignore")
-            download_and_extract_archive(
-                CALTECH101_URL, partial, filename="caltech-101.zip", md5=CALTECH101_MD5
-            )
+            download_and_extract_archive(CALTECH101_URL, partial, md5=CALTECH101_MD5)
             extract_archive(partial / "caltech-101" / "101_ObjectCategories.tar.gz", partial)
         classes = partial / "101_ObjectCategories"
         found = sum(is_image(path) for name in subfolders(classes) for path in walk(classes / name))
@@ -194,10 +181,21 @@ def download(folder: Path) -> Path:
         shutil.rmtree(partial)
     except Exception as error:  # a broken connection or archive raises almost anything
         raise DataError(
-            f"Caltech101 cannot be downloaded ({error}); try again, or unpack {CALTECH101_URL} and the "
-            f"101_ObjectCategories.tar.gz in it in {folder}, or try --data sample"
+            f"Caltech101 cannot be downloaded ({error}); try again, or unpack {CALTECH101_URL} "
+            f"and the archive of images in it in {folder}, or try --data sample"
         ) from error
     return final / "101_ObjectCategories"
+
+
+class Found(NamedTuple):
+    """An image file, by its name alone: it is not opened."""
+
+    path: str  # relative to the root, with forward slashes
+    label: str  # the name of its class
+    part: str | None  # train, valid or test in a data set that is split already
+    size: int  # in bytes
+    modified: int  # in ns
+    changed: int  # in ns; a file that is moved here has an old `modified` and a new `changed`
 
 
 def part_of(name: str) -> str | None:
@@ -206,66 +204,64 @@ def part_of(name: str) -> str | None:
     return next((part for part, names in PARTS.items() if words & names), None)
 
 
-class Listing:
-    """What a folder holds, by names alone: nothing is opened.
+def class_in_part(path: str) -> str | None:
+    """Return the first folder in a path whose name is no part's; None if there is none."""
+    return next((name for name in path.split("/")[:-1] if not part_of(name)), None)
 
-    Attributes:
-        files: (path relative to `root`, with forward slashes, size in bytes, time of modification
-            and time of change in ns) of each image, sorted.
-        classes: the names of the classes that have images, sorted; a label is an index into it.
-        labels: of the files.
-        parts: of each file, train, valid or test in a data set that is split already; else empty.
-        notes: lines for people about what is passed over.
+
+def has_parts(paths: list[str]) -> bool:
+    """Tell whether the folders at the top are train and other parts, with class folders in them.
+
+    A part shares classes with train. Besides there may be folders without class folders, such as
+    images to predict.
     """
+    classes, flat = {}, set()  # of each folder at the top
+    for path in paths:
+        top, *folders, _ = path.split("/")
+        if folders and part_of(top):
+            classes.setdefault(top, set()).add(class_in_part(path))
+        elif folders:
+            return False
+        flat |= set() if folders else {top}
+    train = set().union(*(classes[top] for top in classes if part_of(top) == "train"))
+    trains = {top for top in classes if part_of(top) == "train"}
+    return (
+        len(classes) > 1
+        and not trains & flat
+        and all(names & train - {None} for names in classes.values())
+    )
 
-    def __init__(self, root: Path):
-        self.files, self.notes, others = [], [], Counter()
-        folders = subfolders(root)
-        for path in (path for name in folders for path in walk(root / name)):
-            if is_image(path):
-                status = (
-                    path.stat() if path.exists() else path.lstat()
-                )  # a broken link is named later
-                times = status.st_mtime_ns, status.st_ctime_ns  # `mv` changes the second alone
-                self.files.append((path.relative_to(root).as_posix(), status.st_size, *times))
-            elif path.name.lower() not in ("thumbs.db", "desktop.ini"):
-                others[path.suffix.lower() or "without suffix"] += 1
-        self.files.sort()
-        self.parts = self.find_parts()
-        if self.parts:
-            self.files = [file for file in self.files if self.parts[file[0]]]
-            folders = [f"{part}/{name}" for part in folders for name in subfolders(root / part)]
-        depth = 1 if self.parts else 0
-        names = [path.split("/")[depth] for path, *_ in self.files]
-        self.classes = sorted(set(names))
-        index = {name: label for label, name in enumerate(self.classes)}
-        self.labels = [index[name] for name in names]
-        used = {path.rsplit("/", path.count("/") - depth)[0] for path, *_ in self.files}
-        if empty := [name for name in folders if name not in used]:
-            self.notes.append(f"class folders without images are passed over: {shortened(empty)}")
-        if others:
-            kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-            self.notes.append(f"files that are not images by their names are passed over: {kinds}")
 
-    def find_parts(self) -> dict[str, str | None]:
-        """Return the part of each file, None where it is passed over; empty without ready-made parts."""
-        classes = {}  # of each top-level folder; None for an image that lies in no class folder
-        for path, *_ in self.files:
-            top, name, *rest = path.split("/")
-            classes.setdefault(top, set()).add(name if rest else None)
-        part = {top: part_of(top) for top in classes}
-        train = set().union(*(classes[top] for top in classes if part[top] == "train")) - {None}
-        if len(classes) < 2 or None in part.values() or len(train) < 2:
-            return {}
-        for top, names in classes.items():
-            if (part[top] == "train" and None in names) or (not names & train and names != {None}):
-                return {}
-            if None in names:
-                part[top] = None
-                self.notes.append(
-                    f"{top}: its images lie in no class folders, so they are passed over"
-                )
-        return {path: part[path.split("/")[0]] for path, *_ in self.files}
+def find_images(root: Path) -> tuple[list[Found], list[str]]:
+    """Return the images in `root`'s class folders, sorted, and notes about what is passed over."""
+    tops, paths, others, notes = subfolders(root), [], Counter(), []
+    for path in itertools.chain.from_iterable(walk(root / top) for top in tops):
+        if is_image(path):
+            paths.append(path.relative_to(root).as_posix())
+        elif path.name.lower() not in ("thumbs.db", "desktop.ini"):
+            others[path.suffix.lower() or "without suffix"] += 1
+    parts, images, outside = has_parts(paths), [], Counter()
+    for path in sorted(paths):
+        top = path.split("/")[0]
+        label, part = (class_in_part(path), part_of(top)) if parts else (top, None)
+        if label is None or (parts and not part):
+            outside[top] += 1
+            continue
+        status = os.stat(root / path, follow_symlinks=(root / path).exists())
+        times = status.st_mtime_ns, status.st_ctime_ns
+        images.append(Found(path, label, part, status.st_size, *times))
+    if parts:
+        tops = [top for top in tops if not outside[top]]
+        tops = [f"{top}/{name}" for top in tops for name in subfolders(root / top)]
+    used = {"/".join(path.split("/")[:depth]) for path in paths for depth in (1, 2)}
+    if empty := [name for name in tops if name not in used]:
+        notes.append(f"class folders without images: {shortened(empty)}")
+    for top, count in outside.items():
+        notes.append(f"{top}: {count} images in no class folder are passed over")
+    if others:
+        kinds = [f"{count} {suffix}" for suffix, count in others.most_common()]
+        notes.append(f"files that are not images by their names: {shortened(kinds, 5)}")
+    return images, notes
 
 
 def shortened(items: Sequence, most: int = 20) -> str:
@@ -440,21 +436,17 @@ def complete_file(path: Path, mode: str = "wb", **options):
 
 
 def remove_stale(target: Path) -> None:
-    """Remove from a cache folder what killed processes left, and what images that changed or are gone left."""
+    """Remove the caches of images that have changed or are gone, and what killed processes left."""
     for file in target.parent.iterdir():
-        with contextlib.suppress(
-            OSError, ValueError, KeyError
-        ):  # Windows keeps a file that is mapped
-            pixels = file.with_suffix(".uint8")
+        with contextlib.suppress(OSError, ValueError, KeyError):  # Windows keeps a mapped file
+            described = file.with_suffix(".json").exists()
             if file.suffix == ".json":
-                same_root = file.name.split("-")[0] == target.name.split("-")[0]
-                if same_root or not os.path.isdir(json.loads(file.read_bytes())["root"]):
+                changed = file.name.split("-")[0] == target.name.split("-")[0]
+                if changed or not os.path.isdir(json.loads(file.read_bytes())["root"]):
                     file.unlink()
-                    pixels.unlink()
-            elif file.suffix == ".tmp" or (
-                file == pixels and not file.with_suffix(".json").exists()
-            ):
-                if time.time() - file.stat().st_mtime > DAY:  # no process is writing it any more
+                    file.with_suffix(".uint8").unlink()
+            elif file.suffix in (".tmp", ".uint8") and not described:
+                if time.time() - file.stat().st_mtime > DAY:  # no process writes it any more
                     file.unlink()
 
 
@@ -487,13 +479,15 @@ class ImageStore:
 
     def __init__(self, data: str, cache: str, skip_bad_images: bool = False):
         self.root = locate(data, cache)
-        found = Listing(self.root)
-        self.classes, self.parts, self.notes = found.classes, found.parts, found.notes
-        self.labels = torch.tensor(found.labels)
+        images, self.notes = find_images(self.root)
+        self.classes = sorted({image.label for image in images})
+        label = {name: index for index, name in enumerate(self.classes)}
+        self.labels = torch.tensor([label[image.label] for image in images])
+        self.parts = {image.path: image.part for image in images if image.part}
         if len(self.classes) < 2:
             raise DataError(f"{self.root}: at least two class folders with images are needed")
-        paths = [path for path, *_ in found.files]
-        key = digest([SIZE, DECODING, found.files])
+        paths = [image.path for image in images]
+        key = digest([SIZE, DECODING, [tuple(image) for image in images]])
         target = Path(cache, f"{digest(os.path.realpath(self.root))}-{key}")
         self.pixels, description = self.map_cache(paths, target)
         checksums, errors = description["checksums"], description["errors"]
@@ -511,7 +505,7 @@ class ImageStore:
         self.paths = list(self._row)
 
     def map_cache(self, paths: list[str], target: Path) -> tuple[torch.Tensor, dict]:
-        """Return the pixels, mapped from the cache, and their description; decode them if need be."""
+        """Return the pixels and their description from the cache; build it if need be."""
         shape = (len(paths), SIZE, SIZE, 3)
         file = target.with_suffix(".uint8")
         try:
@@ -541,13 +535,13 @@ class ImageStore:
         missing = [path for path in paths if path not in self._row]
         if missing:
             raise DataError(
-                f"{self.root}: {len(missing)} of {len(paths)} images of the checkpoint's split are missing "
-                f"or cannot be read, such as {missing[0]!r}; give the folder it was trained on with --data"
+                f"{self.root}: {len(missing)} of {len(paths)} images of the checkpoint's split are "
+                f"missing or cannot be read, such as {missing[0]!r}; give the right --data"
             )
         return torch.tensor([self._row[path] for path in paths], dtype=torch.int64)
 
     def changes(self, checksums: dict[str, int]) -> str:
-        """Say in words how the images differ from earlier ones, of which these are the checksums."""
+        """Say in words how the images differ from those of earlier checksums."""
         both = self.checksums.keys() & checksums.keys()
         kinds = {
             "new": self.checksums.keys() - both,
@@ -557,7 +551,7 @@ class ImageStore:
         return ", ".join(f"{len(p)} {kind} (such as {min(p)!r})" for kind, p in kinds.items() if p)
 
     def move_to(self, device: torch.device) -> None:
-        """Keep the pixels on `device` if it is a GPU and they take at most a quarter of its memory."""
+        """Keep the pixels on `device` if it is a GPU and a quarter of its memory holds them."""
         if device.type == "cuda" and self.pixels.numel() < torch.cuda.mem_get_info(device)[0] / 4:
             self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
 
@@ -569,10 +563,10 @@ class ImageStore:
         """
         images, labels = self.pixels.index_select(0, rows), self.labels.index_select(0, rows)
         if images.device != device:
-            if device.type == "cuda":  # from pinned memory a copy does not make the CPU wait
+            cuda = device.type == "cuda"  # from pinned memory, a copy does not make the CPU wait
+            if cuda:
                 images, labels = images.pin_memory(), labels.pin_memory()
-            images = images.to(device, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
+            images, labels = (t.to(device, non_blocking=cuda) for t in (images, labels))
         return images.permute(0, 3, 1, 2), labels
 
 
@@ -616,8 +610,15 @@ def split(store: ImageStore, seed: int) -> dict[str, list[str]]:
 # Random numbers are a function of the seed and of where a run stands, so a run that is resumed
 # anywhere sees the same ones, and no random state is saved. Each augmentation has a stream of its
 # own: adding one does not change the others.
-AUGMENTATIONS = {"crop": 4, "flip": 1, "color": 3, "trivial": 2}  # random numbers for an image
-CROP_SCALE, CROP_RATIO = (0.35, 1.0), (3 / 4, 4 / 3)
+AUGMENTATIONS = {
+    "crop": 4,
+    "flip": 1,
+    "color": 3,
+    "gray": 1,
+    "trivial": 2,
+}  # random numbers for an image
+CROP_SCALE, CROP_RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
+GRAY = 0.1  # the share of images that lose their colour
 COLOR = 0.3  # the largest change, either way, as a factor
 OPERATIONS = {  # of which "trivial" does one, and their largest change, either way
     "rotation": math.radians(30), "shear_x": 0.3, "shear_y": 0.3,
@@ -636,14 +637,10 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-def draw_uniforms(
-    names: Sequence[str], images: int, seed: int, epoch: int
-) -> dict[str, torch.Tensor]:
-    """Return, for each augmentation, the numbers in [0, 1) of each image in an epoch: (images, k)."""
-    return {
-        name: torch.rand(images, AUGMENTATIONS[name], generator=generator(name, seed, epoch))
-        for name in names
-    }
+def draw_uniforms(names: Sequence[str], images: int, seed: int, epoch: int) -> dict:
+    """Return an epoch's random numbers in [0, 1): augmentation -> (images, k)."""
+    shapes = {name: (images, AUGMENTATIONS[name]) for name in names}
+    return {n: torch.rand(s, generator=generator(n, seed, epoch)) for n, s in shapes.items()}
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -681,6 +678,9 @@ def to_inputs(
         pixels = warp(pixels, size, changes)
     if {"color", "trivial"} & uniforms.keys():
         pixels = jitter(pixels, changes)
+    if "gray" in uniforms:
+        gray = (uniforms["gray"] < GRAY).view(-1, 1, 1, 1)
+        pixels = torch.where(gray, pixels.mean(1, keepdim=True), pixels)
     mean, std = mean_std(pixels.device)
     pixels = pixels.sub_(mean).div_(std)
     return pixels.contiguous(memory_format=memory_format(pixels.device))
@@ -750,3 +750,20 @@ def jitter(pixels: torch.Tensor, changes: dict[str, torch.Tensor]) -> torch.Tens
     level = grey.mean((2, 3), keepdim=True)
     pixels = level + contrast * (grey + saturation * (pixels - grey) - level)
     return pixels.mul_(brightness).clamp_(0, 1)
+
+
+def cutmix(inputs: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, float]:
+    """Replace a rectangle of each image by that of its partner (https://arxiv.org/abs/1905.04899).
+
+    The partner has the same place from the end of the batch; the rectangle is the same for all.
+
+    Returns:
+        The inputs, changed in place, and the share of each image that is still its own.
+    """
+    side, cut = inputs.shape[-1], math.sqrt(1 - rng.random())  # height and width, as a share
+    x, y = rng.random(), rng.random()
+    left, right = (round(side * min(1, max(0, x + half))) for half in (-cut / 2, cut / 2))
+    top, bottom = (round(side * min(1, max(0, y + half))) for half in (-cut / 2, cut / 2))
+    patch = inputs[:, :, top:bottom, left:right].flip(0)  # a copy
+    inputs[:, :, top:bottom, left:right] = patch
+    return inputs, 1 - (right - left) * (bottom - top) / side**2

@@ -1,225 +1,269 @@
 """Measure what makes this program fast, against the loop that a person would otherwise write.
 
-    python tests/benchmark.py                          # on the drawn sample
-    python tests/benchmark.py --data DIR --stride 2    # on other pictures
+    python tests/benchmark.py                                  # on the drawn sample, on the CPU
+    python tests/benchmark.py --data DIR --device cuda --runs  # also both recipes, start to test
 
 Each variant is a process of its own that trains real steps, data loading included. They take turns,
-so that whatever else the machine does falls on all of them; the medians over the turns are printed.
+so that whatever else the machine does falls on all of them; medians over the turns are printed.
 """
 
 import argparse
-import contextlib
+import json
 import os
-import statistics
+import select
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train  # before torch, for it chooses how memory is allocated
+
+# isort: split
+import torch
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+
+import data
+from model import AlexNet
+
+ROOT = Path(train.__file__).parent
 BATCH = 64
-VARIANTS = {
-    "plain": "(a) plain loop: ImageFolder, decoded every epoch, fp32, .item() each step",
-    "workers": "(b) the same with 2 loader workers",
-    "fp32": "(c) train.py --precision fp32",
-    "default": "(d) train.py as it comes",
-}
 
 
-def plain_steps(root: str, stride: int, workers: int):
-    """Yield after each step of the report's loop."""
-    import torch
-    from torch.utils.data import DataLoader
-    from torchvision import datasets, transforms
+def timed(function, seconds: dict, part: str):
+    """Return `function`; the time of each call is added to seconds[part]."""
 
-    from model import AlexNet
+    def call(*args, **options):
+        started = time.perf_counter()
+        result = function(*args, **options)
+        seconds[part] = seconds.get(part, 0) + time.perf_counter() - started
+        return result
 
+    return call
+
+
+class Turns:
+    """Stands where train.py looks for signals after a step, and waits there for its turn.
+
+    A line of standard input is a turn, a number of steps. Their seconds, those spent on waiting for
+    data, and GB of GPU memory are printed. On a GPU, steps that do not count come first: they use
+    up what loader processes have prepared before.
+    """
+
+    def __init__(self, device: str, workers: int = 0):
+        self.cuda, self.steps, self.parts = device == "cuda", 0, {}
+        self.left, self.extra = (20, 2 * workers + 4) if self.cuda else (1, 0)
+
+    def check(self) -> None:
+        """Count a step."""
+        self.left -= 1
+        if not self.left:
+            if self.steps:
+                seconds, memory = self.now() - self.started, torch.cuda.max_memory_allocated()
+                print(seconds, self.parts["waiting"], memory / 1e9, flush=True)
+            self.steps = int(sys.stdin.readline() or sys.exit())
+            self.left = self.extra + self.steps
+        if self.left == self.steps:
+            self.started, self.parts["waiting"] = self.now(), 0.0
+
+    def now(self) -> float:
+        """Return the time when all steps are done."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def plain_loop(args: argparse.Namespace, workers: int) -> None:
+    """Train the report's loop: images decoded every epoch, fp32, .item() in each step."""
+    turns = Turns(args.device, workers)
     transform = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor()])
-    folder = datasets.ImageFolder(root, transform)
-    network = AlexNet(len(folder.classes), stride)
+    folder = datasets.ImageFolder(args.root, transform)
+    network = AlexNet(len(folder.classes), args.stride).to(args.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
-    criterion = torch.nn.CrossEntropyLoss()
-    loader = DataLoader(folder, batch_size=BATCH, shuffle=True, num_workers=workers, drop_last=True)
+    loader = DataLoader(folder, BATCH, shuffle=True, num_workers=workers, drop_last=True)
     while True:
-        for images, labels in loader:
+        fetch = timed(iter(loader).__next__, turns.parts, "waiting")
+        for _ in range(len(loader)):
+            images, labels = (tensor.to(args.device) for tensor in fetch())
             optimizer.zero_grad()
             logits = network(images)
-            loss = criterion(logits, labels)
+            loss = torch.nn.functional.cross_entropy(logits, labels)
             loss.backward()
             optimizer.step()
             loss.item(), (logits.argmax(1) == labels).sum().item()
-            yield 0.0
+            turns.check()
 
 
-def program_steps(data: str, stride: int, precision: str):
-    """Yield, after each step of train.py, the seconds that it waited for data."""
-    import train  # before torch, for it chooses how memory is allocated
-    from data import ImageStore, split
+def build(args: argparse.Namespace, precision: str = "auto") -> tuple[train.Trainer, dict]:
+    """Return train.py's trainer, whose epoch has whole batches alone, and the split."""
+    train.print0 = lambda *_: None  # standard output is for the turns
+    options, _ = train.parse([*args.flags, "--recipe", args.recipe, "--precision", precision])
+    compute = train.set_up(options.device, options.precision)
+    trainer, manifest = train.build_trainer(options, None, compute)
+    trainer.rows = trainer.rows[: len(trainer.rows) // BATCH * BATCH]
+    return trainer, manifest
 
-    args, _ = train.parse(["--data", data, "--stride", str(stride), "--precision", precision])
-    store = ImageStore(args.data, args.cache)
-    compute = train.set_up("cpu", args.precision)
-    run = train.Run(args, store, split(store.paths, args.seed), compute)
-    waited, fetch = [], store.batch
 
-    def batch(*arguments):
-        started = time.perf_counter()
-        result = fetch(*arguments)
-        waited.append(time.perf_counter() - started)
-        return result
+def train_epoch(trainer: train.Trainer, stop) -> None:
+    """Train the first epoch, as train.py does; it can be trained again."""
+    train.train_epoch(trainer, stop)
+    trainer.step, trainer.seconds = 0, 0.0
+    trainer.sums.zero_()
 
-    store.batch = batch
-    run.replica.train()
+
+def train_in_turns(args: argparse.Namespace, program: str, choice: str) -> None:
+    """Train as the plain loop does with `choice` workers, or train.py in that precision."""
+    if program == "plain":
+        return plain_loop(args, int(choice))
+    (trainer, _), turns = build(args, choice), Turns(args.device)
+    trainer.inputs = timed(trainer.inputs, turns.parts, "waiting")
     while True:
-        rows, uniforms = run.epoch_plan()
-        for start in range(0, len(rows) - BATCH + 1, BATCH):
-            share = slice(start, start + BATCH)
-            run.train_step(*run.inputs(rows[share], uniforms[share]), BATCH)
-            run.means(run.sums)
-            yield waited.pop()
-        run.epoch += 1
+        train_epoch(trainer, turns)
 
 
-def work(variant: str, data: str, root: str, stride: int) -> None:
-    """Take a turn for each line of standard input: train as many steps as it says."""
-    if variant in ("plain", "workers"):
-        steps = plain_steps(root, stride, 2 if variant == "workers" else 0)
-    else:
-        steps = program_steps(data, stride, "auto" if variant == "default" else variant)
-    next(steps)
-    for line in sys.stdin:
-        started, waited = time.perf_counter(), 0.0
-        for _ in range(int(line)):
-            waited += next(steps)
-        print(time.perf_counter() - started, waited, flush=True)
+def take_turn(child: subprocess.Popen, steps: int) -> list[float]:
+    """Let a process take a turn; return what it prints, and its peak of memory in GB."""
+    print(steps, file=child.stdin, flush=True)
+    status, peak = Path(f"/proc/{child.pid}/status"), 0.0  # anonymous memory, on Linux
+    while not select.select([child.stdout], [], [], 0.02)[0]:
+        lines = status.read_text().splitlines() if status.exists() else []
+        peak = max([peak, *(int(line.split()[1]) / 1e6 for line in lines if "RssAnon" in line)])
+    seconds, waited, gpu = map(float, child.stdout.readline().split())
+    return [seconds, waited, gpu or peak]
 
 
-@contextlib.contextmanager
-def peak_memory(pid: int):
-    """Yield a list; its last item is the process's peak of anonymous memory in GB, on Linux."""
-    peak, stop = [0.0], threading.Event()
-
-    def sample():
-        while not stop.wait(0.02):
-            with contextlib.suppress(OSError, StopIteration):
-                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-                line = next(line for line in lines if line.startswith("RssAnon"))
-                peak.append(max(peak[-1], int(line.split()[1]) / 1e6))
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    yield peak
-    stop.set()
-    thread.join()
+def show(title: str, value: float, unit: str, digits: int = 1) -> None:
+    """Print a line of the table."""
+    print(f"{title:60} {value:9.{digits}f} {unit}", flush=True)
 
 
-def seconds_to_first_step(data: str, stride: int) -> float:
-    """Return the time from the start of train.py's process to the end of its first step's set-up."""
-    stop = "import os, train; train.Run.train_step = lambda *_: os._exit(0); train.main()"
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", stop, "--data", data, "--stride", str(stride), "--device", "cpu"]
-        started = time.perf_counter()
-        subprocess.run(
-            command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True
-        )
-        return time.perf_counter() - started
-
-
-def seconds_to_import() -> float:
-    """Return the time that a process takes which only imports torch and torchvision."""
+def python(folder: str, *argv) -> float:
+    """Run Python on `argv` in `folder`; return the seconds that it takes."""
+    command, paths = [sys.executable, *map(str, argv)], {**os.environ, "PYTHONPATH": str(ROOT)}
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import torch, torchvision"], check=True)
+    subprocess.run(command, cwd=folder, env=paths, check=True, stdout=subprocess.PIPE)
     return time.perf_counter() - started
 
 
-def ceiling(dtype) -> float:
-    """Return the TFLOP/s of a plain product of two matrices, 4096 x 4096."""
-    import torch
-
-    matrix, seconds = torch.randn(4096, 4096).to(dtype), []
-    for _ in range(4):
-        started = time.perf_counter()
-        matrix @ matrix
-        seconds.append(time.perf_counter() - started)
-    return 2 * 4096**3 / statistics.median(seconds[1:]) / 1e12
-
-
-def arithmetic(network) -> float:
-    """Return the TFLOP of training on one picture, forward and backward."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as flops:
-        network(torch.zeros(1, 3, 224, 224)).sum().backward()
-    return flops.get_total_flops() / 1e12
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="sample", help="as for train.py (default: %(default)s)")
-    parser.add_argument("--stride", type=int, choices=[2, 4], default=2, help="(default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=5, help="of each variant (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="in a turn (default: %(default)s)")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        return work(args.child[0], args.data, args.child[1], args.stride)
-
-    import torch
-
-    import train
-    from data import SIZE, ImageStore, decode_once, split
-
-    data = args.data if args.data == "sample" else os.path.abspath(args.data)
-    store = ImageStore(data, train.DEFAULTS["cache"])
-    command = [sys.executable, __file__, "--data", data, "--stride", str(args.stride), "--child"]
+def measure_steps(args: argparse.Namespace) -> None:
+    """Print the rate of each variant, its share of waiting and its memory."""
+    variants = {f"plain {n}": f"plain loop, fp32, {n} loader workers" for n in args.workers}
+    variants |= {"train fp32": "train.py --precision fp32", "train auto": "train.py as it comes"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-    children = {name: subprocess.Popen([*command, name, str(store.root)], **pipes) for name in VARIANTS}
-    results = {name: [] for name in VARIANTS}
-    with peak_memory(children["default"].pid) as memory:
-        for _ in range(args.turns):
-            for name, child in children.items():
-                print(args.steps, file=child.stdin, flush=True)
-                results[name].append([float(number) for number in child.stdout.readline().split()])
+    command = [sys.executable, __file__, *sys.argv[1:], "--child"]
+    children = {name: subprocess.Popen([*command, name], **pipes) for name in variants}
+    turns = {name: [] for name in variants}
+    for _ in range(args.turns):
+        for name, child in children.items():
+            turns[name].append(take_turn(child, args.steps))
     for child in children.values():
         child.kill()
         child.wait()
+    for letter, (name, title) in zip("abcde", variants.items(), strict=False):
+        seconds, waited, memory = zip(*turns[name], strict=True)
+        ratio = median(a[0] / s for a, s in zip(turns["plain 0"], seconds, strict=True))
+        share = 100 * median(w / s for w, s in zip(waited, seconds, strict=True))
+        more = f"{ratio:6.2f} x (a), {share:5.1f} % waits for data, {max(memory):.2f} GB"
+        show(f"({letter}) {title}", args.steps * BATCH / median(seconds), f"images/s {more}")
 
-    device = train.device_title(torch.device("cpu"))
-    print(f"{len(store.paths)} images, stride {args.stride}, batch {BATCH}; {device}; torch {torch.__version__}")
-    rates = {n: [args.steps * BATCH / seconds for seconds, _ in turns] for n, turns in results.items()}
-    for name, title in VARIANTS.items():
-        ratio = statistics.median(mine / plain for mine, plain in zip(rates[name], rates["plain"], strict=True))
-        print(f"{title:75} {statistics.median(rates[name]):7.1f} images/s {ratio:6.2f} x (a)")
-    share = 100 * statistics.median(waited / seconds for seconds, waited in results["default"])
-    print(f"{'share of (d) that waits for data':75} {share:7.2f} %")
-    print(f"{'peak anonymous memory of (d)':75} {memory[-1]:7.2f} GB")
 
-    compute = train.set_up("cpu", "auto")
-    network = train.AlexNet(len(store.classes), args.stride).to(memory_format=torch.channels_last)
-    work_per_image = arithmetic(network)
-    for name, dtype in (("fp32", torch.float32), ("default", compute.dtype)):
-        reached, limit = statistics.median(rates[name]) * work_per_image, ceiling(dtype)
-        title = f"arithmetic of {VARIANTS[name][:3]}, of the {limit:.2f} TFLOP/s of a matrix product in {dtype}"
-        print(f"{title:75} {reached:7.3f} TFLOP/s")
-    rows, seconds = store.rows(split(store.paths, 0)["valid"])[: 2 * train.EVAL_BATCH], []
-    for _ in range(3):
-        started = time.perf_counter()
-        train.evaluate(network, store, rows, SIZE, compute)
-        seconds.append(time.perf_counter() - started)
-    print(f"{'evaluation':75} {len(rows) / statistics.median(seconds):7.1f} images/s")
+def measure_rest(args: argparse.Namespace) -> None:
+    """Print rates of evaluation and decoding, seconds to the first step, and how busy a GPU is."""
+    trainer, manifest = build(args)
+    store, compute, parts = trainer.store, trainer.compute, {}
+    rows, size = store.rows(manifest["valid"]), trainer.args.test_size
+
+    def evaluate(part: str):
+        timed(train.evaluate, parts, part)(trainer.evaluated, store, rows, size, compute)
+
+    def epoch():
+        train_epoch(trainer, train.StopSignal(compute))
+        evaluate("validation")  # it ends with a copy to the CPU
+
+    for part in ("warm-up", "evaluation"):
+        evaluate(part)
+    show("evaluation", len(rows) / parts["evaluation"], "images/s")
+    stop = "import os, train; train.Trainer.train_step = lambda *_: os._exit(0); train.main()"
     with tempfile.TemporaryDirectory() as folder:
-        started, some = time.perf_counter(), store.paths[:2000]
-        decode_once(store.root, some, Path(folder, "0-0.uint8"))
-        print(f"{'building the cache':75} {len(some) / (time.perf_counter() - started):7.0f} images/s")
-    pairs = [(seconds_to_first_step(data, args.stride), seconds_to_import()) for _ in range(3)]
-    start, imports = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(f"{'process start to first step, warm cache':75} {start:7.2f} s")
-    print(f"{'  of which importing torch and torchvision takes by itself':75} {imports:7.2f} s")
+        some = store.paths[:2000]
+        timed(data.build_cache, parts, "decoding")(store.root, some, Path(folder, "0-0"))
+        show("building the cache", len(some) / parts["decoding"], "images/s", 0)
+        starts = [python(folder, "-c", stop, *args.flags) for _ in range(3)]
+        show("process start to first step, images decoded before", median(starts), "s", 2)
+        if args.device == "cuda":
+            for part in ("warm-up", "epoch"):
+                timed(epoch, parts, part)()
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+            with torch.profiler.profile(activities=activities) as profile:
+                epoch()  # slower by the profiler, so only the times of the kernels are used
+            profile.export_chrome_trace(f"{folder}/trace.json")
+            events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+            work = ("kernel", "gpu_memcpy", "gpu_memset")
+            busy = sum(event["dur"] for event in events if event.get("cat") in work) / 1e6
+            title = f"GPU at work {busy:.3f} of {parts['epoch']:.3f} s of epoch and validation"
+            show(title, 100 * busy / parts["epoch"], "%")
+
+
+def measure_run(args: argparse.Namespace, recipe: str) -> None:
+    """Print the seconds from the start of a process, nothing decoded, to a tested checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        more = f"--recipe {recipe} --epochs {args.epochs} --cache cache".split()
+        training = python(folder, __file__, "--timed", *args.flags, *more)
+        testing = python(folder, ROOT / "test.py", "--device", args.device, "--json", "test.json")
+        parts = json.loads(Path(folder, "parts.json").read_text())
+        result = json.loads(Path(folder, "test.json").read_text())
+    parts |= {"starting and the rest": training - sum(parts.values()), "test.py": testing}
+    show(f"{recipe}, {args.epochs} epochs: start to tested checkpoint", training + testing, "s")
+    for name, seconds in parts.items():
+        show(f"  {name}", seconds, "s")
+    show("  accuracy on the test images", result["accuracy"], "%", 2)
+
+
+def train_timed(argv: list[str]) -> None:
+    """Do what `train.py ARGV` does; write the seconds of its parts to parts.json."""
+    parts = {}
+    timings = {data: ["build_cache"], train: ["train_epoch", "evaluate", "save"]}
+    for owner, names in (timings | {train.Log: ["start", "epoch"]}).items():
+        for name in names:
+            setattr(owner, name, timed(getattr(owner, name), parts, f"{owner.__name__}.{name}"))
+    sys.argv = ["train.py", *argv]
+    train.run_command(train.main)
+    Path("parts.json").write_text(json.dumps(parts))
+
+
+def main() -> None:
+    """Measure as the command line says."""
+    if sys.argv[1:2] == ["--timed"]:
+        return train_timed(sys.argv[2:])
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="sample", help="as for train.py")
+    add("--recipe", choices=list(train.RECIPES), default="report", help="to train in turns")
+    add("--stride", type=int, choices=[2, 4], default=2, help="as for train.py")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="to train on")
+    add("--turns", type=int, default=5, help="of each variant")
+    add("--steps", type=int, help="in a turn; None: 2 on the CPU, 60 on a GPU")
+    add("--runs", action="store_true", help="also time whole runs of both recipes")
+    add("--epochs", type=int, default=30, help="of --runs")
+    add("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    where = args.data if args.data == "sample" else os.path.abspath(args.data)
+    args.flags = ["--data", where, "--stride", str(args.stride), "--device", args.device]
+    args.steps = args.steps or (60 if args.device == "cuda" else 2)
+    args.workers = [0, 4, 8] if args.device == "cuda" else [0, 2]
+    store = data.ImageStore(where, data.default_cache())  # decoded here, once
+    args.root = store.root
+    if args.child:
+        return train_in_turns(args, *args.child.split())
+    device = f"{train.device_name(torch.device(args.device))}, torch {torch.__version__}"
+    show(f"{args.recipe}, stride {args.stride}, on {device}", len(store.paths), "images", 0)
+    measure_steps(args)
+    measure_rest(args)
+    for recipe in train.RECIPES if args.runs else ():
+        measure_run(args, recipe)
 
 
 if __name__ == "__main__":

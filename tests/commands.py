@@ -1,7 +1,7 @@
 """Run the command lines as processes that start in a moment.
 
-A fork server imports torch once. Its children run `train.py` or `test.py` from `run_command` on, with
-narrow linear layers, so that a checkpoint has 12 MB and a step takes milliseconds.
+A fork server imports torch once. Its children run `train.py` or `test.py` from `run_command` on,
+with narrow linear layers, so that a checkpoint has 12 MB and a step takes milliseconds.
 """
 
 import multiprocessing
@@ -18,7 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a network gains nothin
 thorough = pytest.mark.skipif("THOROUGH" not in os.environ, reason="takes long; set THOROUGH=1")
 ROOT = Path(__file__).resolve().parent.parent
 context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-context.set_forkserver_preload(["train", "test", "commands"]) if hasattr(os, "fork") else None
+if hasattr(os, "fork"):
+    context.set_forkserver_preload(["train", "test", "commands"])
 
 
 def _child(program: str, argv: list[str], folder: str, before) -> None:
@@ -42,11 +43,12 @@ def _child(program: str, argv: list[str], folder: str, before) -> None:
 
 
 class Command:
-    """A running `train.py` or `test.py`; `before` is a picklable function that its process calls first."""
+    """A running `train.py` or `test.py`; its process calls `before`, which pickles, first."""
 
     def __init__(self, program: str, *argv, folder: Path, before=None):
         self.folder = folder
-        self.process = context.Process(target=_child, args=(program, [str(arg) for arg in argv], str(folder), before))
+        args = (program, [str(arg) for arg in argv], str(folder), before)
+        self.process = context.Process(target=_child, args=args)
         self.process.start()
 
     def _read(self, name: str) -> str:
@@ -88,7 +90,7 @@ def run(program: str, *argv, folder: Path, before=None, status: int = 0) -> Comm
 
 
 def shell(*argv, folder: Path, **environment) -> subprocess.CompletedProcess:
-    """Run Python on `argv` in a process of its own, as a user does: the real network, nothing replaced."""
+    """Run Python on `argv` as a user does: a new process, the real network, nothing replaced."""
     return subprocess.run(
         [sys.executable, *map(str, argv)],
         cwd=folder,

@@ -1,4 +1,4 @@
-"""Fixtures: pictures drawn for the tests, and small runs on them."""
+"""Fixtures: pictures drawn for the tests, and a small run on them."""
 
 import os
 import sys
@@ -28,14 +28,16 @@ def photos(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def flags(photos, cache) -> list[str]:
     """Flags for a run that takes a second: 64 training images, 8 steps an epoch."""
-    return f"--data {photos} --cache {cache} --batch-size 8 --stride 4 --train-size 64 --test-size 96 --lr 1e-3".split()
+    sizes = "--batch-size 8 --stride 4 --train-size 64 --test-size 96 --lr 1e-3"
+    return f"--data {photos} --cache {cache} {sizes}".split()
 
 
 @pytest.fixture(scope="session")
 def trained(flags, tmp_path_factory) -> Path:
-    """A folder in which a run of three epochs has ended."""
+    """A folder in which a run of three epochs has ended: alexnet.pth and runs/run."""
     folder = tmp_path_factory.mktemp("trained")
-    commands.run("train", *flags, "--epochs", 3, "--name", "run", folder=folder)
+    argv = "--epochs 3 --name run --ckpt alexnet.pth".split()
+    commands.run("train", *flags, *argv, folder=folder)
     return folder
 
 
