@@ -465,8 +465,9 @@ def size_range(text: str) -> tuple[int, int]:
 def train_size(sizes: tuple[int, int], epochs: int, epoch: int) -> int:
     """Return the pixels a side in `epoch`, counted from 0: grown in steps of 16."""
     growing = 0.8 * epochs - 1
-    progress = min(1, epoch / growing) if growing > 0 else 1
-    return sizes[0] + int((sizes[1] - sizes[0]) * progress) // 16 * 16
+    if epoch >= growing:
+        return sizes[1]
+    return sizes[0] + int((sizes[1] - sizes[0]) * epoch / growing) // 16 * 16
 
 
 def test_size(args: argparse.Namespace) -> int:

@@ -23,13 +23,11 @@ import train  # before torch, for it chooses how memory is allocated
 
 # isort: split
 import torch
-from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 import data
 from model import AlexNet
 
-ROOT = Path(train.__file__).parent
 BATCH = 64
 
 
@@ -58,7 +56,6 @@ class Turns:
         self.left, self.extra = (20, 2 * workers + 4) if self.cuda else (1, 0)
 
     def check(self) -> None:
-        """Count a step."""
         self.left -= 1
         if not self.left:
             if self.steps:
@@ -70,9 +67,8 @@ class Turns:
             self.started, self.parts["waiting"] = self.now(), 0.0
 
     def now(self) -> float:
-        """Return the time when all steps are done."""
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # until all steps are done
         return time.perf_counter()
 
 
@@ -80,10 +76,10 @@ def plain_loop(args: argparse.Namespace, workers: int) -> None:
     """Train the report's loop: images decoded every epoch, fp32, .item() in each step."""
     turns = Turns(args.device, workers)
     transform = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor()])
-    folder = datasets.ImageFolder(args.root, transform)
+    folder = datasets.ImageFolder(args.store.root, transform)
     network = AlexNet(len(folder.classes), args.stride).to(args.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
-    loader = DataLoader(folder, BATCH, shuffle=True, num_workers=workers, drop_last=True)
+    loader = torch.utils.data.DataLoader(folder, BATCH, True, num_workers=workers, drop_last=True)
     while True:
         fetch = timed(iter(loader).__next__, turns.parts, "waiting")
         for _ in range(len(loader)):
@@ -142,7 +138,7 @@ def show(title: str, value: float, unit: str, digits: int = 1) -> None:
 
 def python(folder: str, *argv) -> float:
     """Run Python on `argv` in `folder`; return the seconds that it takes."""
-    command, paths = [sys.executable, *map(str, argv)], {**os.environ, "PYTHONPATH": str(ROOT)}
+    command, paths = [sys.executable, *map(str, argv)], {**os.environ, "PYTHONPATH": sys.path[0]}
     started = time.perf_counter()
     subprocess.run(command, cwd=folder, env=paths, check=True, stdout=subprocess.PIPE)
     return time.perf_counter() - started
@@ -160,8 +156,7 @@ def measure_steps(args: argparse.Namespace) -> None:
         for name, child in children.items():
             turns[name].append(take_turn(child, args.steps))
     for child in children.values():
-        child.kill()
-        child.wait()
+        child.communicate()
     for letter, (name, title) in zip("abcde", variants.items(), strict=False):
         seconds, waited, memory = zip(*turns[name], strict=True)
         ratio = median(a[0] / s for a, s in zip(turns["plain 0"], seconds, strict=True))
@@ -196,13 +191,14 @@ def measure_rest(args: argparse.Namespace) -> None:
         if args.device == "cuda":
             for part in ("warm-up", "epoch"):
                 timed(epoch, parts, part)()
-            activities = [torch.profiler.ProfilerActivity.CUDA]
-            with torch.profiler.profile(activities=activities) as profile:
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CUDA]
+            ) as profile:
                 epoch()  # slower by the profiler, so only the times of the kernels are used
             profile.export_chrome_trace(f"{folder}/trace.json")
             events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-            work = ("kernel", "gpu_memcpy", "gpu_memset")
-            busy = sum(event["dur"] for event in events if event.get("cat") in work) / 1e6
+            work = [e["dur"] for e in events if e.get("cat", "").startswith(("kernel", "gpu_mem"))]
+            busy = sum(work) / 1e6
             title = f"GPU at work {busy:.3f} of {parts['epoch']:.3f} s of epoch and validation"
             show(title, 100 * busy / parts["epoch"], "%")
 
@@ -212,7 +208,9 @@ def measure_run(args: argparse.Namespace, recipe: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         more = f"--recipe {recipe} --epochs {args.epochs} --cache cache".split()
         training = python(folder, __file__, "--timed", *args.flags, *more)
-        testing = python(folder, ROOT / "test.py", "--device", args.device, "--json", "test.json")
+        testing = python(
+            folder, f"{sys.path[0]}/test.py", "--device", args.device, "--json", "test.json"
+        )
         parts = json.loads(Path(folder, "parts.json").read_text())
         result = json.loads(Path(folder, "test.json").read_text())
     parts |= {"starting and the rest": training - sum(parts.values()), "test.py": testing}
@@ -254,12 +252,11 @@ def main() -> None:
     args.flags = ["--data", where, "--stride", str(args.stride), "--device", args.device]
     args.steps = args.steps or (60 if args.device == "cuda" else 2)
     args.workers = [0, 4, 8] if args.device == "cuda" else [0, 2]
-    store = data.ImageStore(where, data.default_cache())  # decoded here, once
-    args.root = store.root
+    args.store = data.ImageStore(where, data.default_cache())  # decoded here, once
     if args.child:
         return train_in_turns(args, *args.child.split())
     device = f"{train.device_name(torch.device(args.device))}, torch {torch.__version__}"
-    show(f"{args.recipe}, stride {args.stride}, on {device}", len(store.paths), "images", 0)
+    show(f"{args.recipe}, stride {args.stride}, on {device}", len(args.store.paths), "images", 0)
     measure_steps(args)
     measure_rest(args)
     for recipe in train.RECIPES if args.runs else ():

@@ -36,7 +36,7 @@ def flags(photos, cache) -> list[str]:
 def trained(flags, tmp_path_factory) -> Path:
     """A folder in which a run of three epochs has ended: alexnet.pth and runs/run."""
     folder = tmp_path_factory.mktemp("trained")
-    argv = "--epochs 3 --name run --ckpt alexnet.pth".split()
+    argv = ["--epochs", "3", "--name", "run", "--ckpt", "alexnet.pth"]
     commands.run("train", *flags, *argv, folder=folder)
     return folder
 
