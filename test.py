@@ -51,8 +51,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--split", choices=["test", "valid", "train"], default="test", help="(%(default)s)")
     add("--data", type=path, help="as for train.py (default: where it was trained)")
     add("--cache", type=path, help="folder for the decoded images (default: the training's)")
-    add("--json", type=path, nargs="?", const="-", metavar="FILE", help="write the results to FILE, "
-        "or print them")  # fmt: skip
+    add("--json", type=path, nargs="?", const="-", metavar="FILE", help="write the results, or "
+        "print them")  # fmt: skip
     add("--predictions", type=path, metavar="FILE", help="write a CSV file, a row for each image")
     add(
         "--flip", action="store_true", help="also test with the mean over each image and its mirror"
@@ -143,10 +143,11 @@ def summary(result: dict, args: argparse.Namespace) -> str:
         lines.append(f"with the mirror image: accuracy {result['flip_accuracy']:.2f} %")
     if "versus" in result:
         other, p = result["versus"], result["versus"]["p_value"]
+        direction = "better" if other["difference"] >= 0 else "worse"
         verdict = "more than chance explains" if p < 0.05 else "chance alone may explain it"
         lines.append(
             f"versus {args.versus}: accuracy {other['accuracy']:.2f} %; {args.ckpt} is "
-            f"{abs(other['difference']):.2f} points {'better' if other['difference'] >= 0 else 'worse'}, "
+            f"{abs(other['difference']):.2f} points {direction}, "
             f"p = {p:.2g} (McNemar, exact): {verdict}"
         )
         if args.split == "test":
@@ -340,14 +341,14 @@ def warn(args: argparse.Namespace, checkpoint: dict, store: ImageStore, manifest
     if "split" not in checkpoint:
         notes.append(f"{args.ckpt}: has no split; it is drawn from --seed {args.seed}, unverified")
     if checkpoint.get("fingerprint", store.fingerprint) != store.fingerprint:
-        changes = store.changes(checkpoint.get("checksums", store.checksums))
-        notes.append(f"{store.root}: the images have changed since training: {changes}")
+        changes = store.changes(checkpoint.get("checksums", store.checksums)) or "some"
+        notes.append(f"{store.root}: images have changed since training: {changes}")
     if args.split != "train":
         seen = {store.checksums[path] for path in manifest["train"] if path in store.checksums}
         copies = [path for path in manifest[args.split] if store.checksums[path] in seen]
         if copies:
             notes.append(
-                f"{len(copies)} of these images, such as {copies[0]!r}, are copies of training images"
+                f"{len(copies)} images, such as {copies[0]!r}, are copies of training images"
             )
     for note in notes:
         print(f"test.py: {note}", file=sys.stderr)
@@ -368,6 +369,14 @@ def compare(args, paths: list[str], hits: torch.Tensor, store: ImageStore, rows,
     other_hits = logits.argmax(1) == store.labels.cpu()[rows]
     ours, theirs = (100 * h.float().mean().item() for h in (hits, other_hits))
     return {"accuracy": theirs, "difference": ours - theirs, "p_value": mcnemar(hits, other_hits)}
+
+
+def run_folder(args: argparse.Namespace, checkpoint: dict) -> Path:
+    """Return the folder of the run that the checkpoint is from, or one of its name."""
+    run = Path(checkpoint.get("run", Path("runs", Path(args.ckpt).stem)))
+    if args.logdir or not os.access(run, os.W_OK):  # it was moved, or is another user's
+        return Path(args.logdir or "runs", run.name)
+    return run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -412,10 +421,7 @@ def main(argv: list[str] | None = None) -> None:
     table = [[path, names[t], names[p], *more] for path, t, p, *more in zip(*columns, strict=True)]
     write_predictions(args.predictions, table)
     if args.split == "test":
-        run = Path(checkpoint.get("run", Path("runs", Path(args.ckpt).stem)))
-        if args.logdir or not os.access(run, os.W_OK):  # moved, or trained by another user
-            run = Path(args.logdir or "runs", run.name)
-        step = checkpoint.get("epoch", 0)
+        run, step = run_folder(args, checkpoint), checkpoint.get("epoch", 0)
 
         def images(places):
             return store.batch(rows[places].to(store.pixels.device), torch.device("cpu"))[0]

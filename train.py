@@ -116,19 +116,12 @@ def matching(pattern: str, meaning: str):
     return check
 
 
-def get_parser(**options) -> Parser:
-    """Return the parser of train.py's flags; recipes set the defaults that are missing."""
+def add_experiment_flags(parser: Parser) -> None:
+    """Add the flags that decide what is trained; recipes set the defaults that are missing."""
     names = "|".join(data.AUGMENTATIONS)
     augment = matching(f"none|({names})(,({names}))*", f"none or some of {names}")
     size = r"(6[4-9]|[7-9]\d|1\d\d|2[01]\d|22[0-4])"  # 64 to 224
     train_size = matching(f"{size}(-{size})?", "a size from 64 to 224 or two of them, as 80-128")
-    device = matching(r"auto|cpu|mps|cuda(:\d{1,2})?", "one of auto, cpu, mps, cuda, cuda:N")
-    name = matching(r"(?!\.\.?$)[^/\\\ud800-\udfff]+", "a plain name, without folders")
-    ckpt = matching(r"(?s)(.*[/\\])?(?!\.*(last\.*)?$)[^/\\]+", "the name of a file")
-    utf8 = matching(r"[^\ud800-\udfff]*", "text in UTF-8, which TensorBoard needs")
-    parser = Parser("train.py", None, __doc__, formatter_class=HelpFormatter, **options)
-    parser.allow_abbrev = False
-
     add = parser.add_argument_group("experiment").add_argument
     add("--recipe", choices=list(RECIPES), default="report", help="default values of other flags")
     add("--epochs", type=number(int, 1, 100_000), default=30, help="passes over the images")
@@ -150,6 +143,17 @@ def get_parser(**options) -> Parser:
     add("--ema", type=number(float, 0, 0.99999), help="decay a step of averaged weights, 0: none")
     add("--init", help="initial weights: default, he, whiten, or FILE with weights of AlexNet")
     add("--seed", type=number(int, 0, 2**32), default=0, help="of all that is random")
+
+
+def get_parser(**options) -> Parser:
+    """Return the parser of train.py's flags."""
+    device = matching(r"auto|cpu|mps|cuda(:\d{1,2})?", "one of auto, cpu, mps, cuda, cuda:N")
+    name = matching(r"(?!\.\.?$)[^/\\\ud800-\udfff]+", "a plain name, without folders")
+    ckpt = matching(r"(?s)(.*[/\\])?(?!\.*(last\.*)?$)[^/\\]+", "the name of a file")
+    utf8 = matching(r"[^\ud800-\udfff]*", "text in UTF-8, which TensorBoard needs")
+    parser = Parser("train.py", None, __doc__, formatter_class=HelpFormatter, **options)
+    parser.allow_abbrev = False
+    add_experiment_flags(parser)
 
     add = parser.add_argument_group("network").add_argument
     add("--stride", type=int, choices=[2, 4], default=2, help="of the first layer; torchvision: 4")
@@ -706,9 +710,8 @@ def train_epoch(trainer: Trainer, stop: StopSignal) -> tuple[float, float]:
             trainer.train_step(*batch, end - start)
             trainer.seconds = time.perf_counter() - started
             bar.update(end - start)
-            if (
-                compute.device.type == "cpu" or time.perf_counter() - read > 1
-            ):  # a GPU is waited for
+            # reading the sums makes the CPU wait for a GPU
+            if compute.device.type == "cpu" or time.perf_counter() - read > 1:
                 loss, accuracy = trainer.means(trainer.sums)
                 read, status = time.perf_counter(), f"loss {loss:.4f}, accuracy {accuracy:.2f} %"
                 bar.set_postfix_str(status, refresh=False)
@@ -947,7 +950,7 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
     with compute.first_on_machine():
         store = ImageStore(args.data, args.cache, args.skip_bad_images)
     if checkpoint and checkpoint["fingerprint"] != store.fingerprint:
-        changes = store.changes(checkpoint.get("checksums", {}))
+        changes = store.changes(checkpoint.get("checksums", store.checksums)) or "restore them"
         raise DataError(f"{store.root}: its images have changed since the run began: {changes}")
     manifest = checkpoint["split"] if checkpoint else split(store, args.seed)
     rows = store.rows(manifest["train"])
@@ -999,24 +1002,30 @@ def open_outputs(trainer: Trainer, manifest: dict, checkpoint: dict | None):
         log = Log(folder, purge=trainer.epoch + 1 if started else None)
         if not started:
             log.start(trainer, about)
-    train, valid, test = (len(manifest[part]) for part in ("train", "valid", "test"))
+    print_opening(trainer, checkpoints, resumed=bool(checkpoint))
+    return checkpoints, log
+
+
+def print_opening(trainer: Trainer, checkpoints: Checkpoints, resumed: bool) -> None:
+    """Print what is trained, on what, and where it goes."""
+    args, compute, about = trainer.args, trainer.compute, checkpoints.about
+    train, valid, test = (len(about["split"][part]) for part in ("train", "valid", "test"))
     print0(
         f"recipe {args.recipe}: {args.epochs} epochs, batch {args.batch_size}, "
         f"{args.train_size} pixels (tested at {args.test_size}), "
         f"{str(compute.dtype).removeprefix('torch.')} on {device_name(compute.device)}\n"
-        f"{len(store.classes)} classes, {train} training, {valid} validation and {test} test "
+        f"{len(about['classes'])} classes, {train} training, {valid} validation and {test} test "
         f"images: one validation image is {100 / valid:.2g} points\n"
-        f"log in {os.path.relpath(folder)}, best weights in {args.ckpt}"
+        f"log in {shown(about['run'])}, best weights in {args.ckpt}"
     )
-    if checkpoint:
+    if resumed:
         print0(f"continuing after epoch {trainer.epoch}, step {trainer.step} of {trainer.steps}")
-        if history and not best:
+        if checkpoints.history and not checkpoints.best:
             print0(f"{args.ckpt}: not the best weights of this run; only a later epoch's can be")
     if checkpoints.earlier:
         print0(f"{args.ckpt} is of an earlier run, which this one replaces when it saves")
     if trainer.steps == 1:
         print0(f"--batch-size {args.batch_size} takes all images at once: one step an epoch")
-    return checkpoints, log
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1063,6 +1072,12 @@ def main(argv: list[str] | None = None) -> None:
     print_end(args, history, checkpoints.best)
 
 
+def shown(path: str | Path) -> str:
+    """Return a path as short as it can be from here."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here) if Path(path).is_relative_to(here) else path)
+
+
 def resume_command(ckpt: str) -> str:
     """Return the command that continues a run."""
     flag = "" if ckpt == "alexnet.pth" else f" --ckpt {shlex.quote(ckpt)}"
@@ -1097,7 +1112,7 @@ def print_end(args: argparse.Namespace, history: list[dict], best: dict | None) 
         accuracy = f"valid accuracy {best['valid_accuracy']:.2f} %"
         print0(f"best: epoch {best['epoch']}, {accuracy}, saved in {args.ckpt}")
         print0(f"next: python test.py --ckpt {ckpt}")
-    print0(f"      tensorboard --logdir {shlex.quote(os.path.relpath(args.logdir))}")
+    print0(f"      tensorboard --logdir {shlex.quote(shown(args.logdir))}")
     more = f"{resume_command(args.ckpt)} --epochs {2 * len(history)}"
     print0(f"trained {len(history)} epochs in {total}; to train longer: {more}")
 

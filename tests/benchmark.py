@@ -19,10 +19,9 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train  # before torch, for it chooses how memory is allocated
-
-# isort: split
+import train  # noqa: I001  before torch, for it chooses how memory is allocated
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torchvision import datasets, transforms
 
 import data
@@ -46,9 +45,8 @@ def timed(function, seconds: dict, part: str):
 class Turns:
     """Stands where train.py looks for signals after a step, and waits there for its turn.
 
-    A line of standard input is a turn, a number of steps. Their seconds, those spent on waiting for
-    data, and GB of GPU memory are printed. On a GPU, steps that do not count come first: they use
-    up what loader processes have prepared before.
+    A line of standard input is a turn, a number of steps. It prints their seconds, those of waiting
+    for data, and GB of GPU memory. On a GPU, other steps first use up what loaders have prepared.
     """
 
     def __init__(self, device: str, workers: int = 0):
@@ -191,16 +189,13 @@ def measure_rest(args: argparse.Namespace) -> None:
         if args.device == "cuda":
             for part in ("warm-up", "epoch"):
                 timed(epoch, parts, part)()
-            with torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CUDA]
-            ) as profile:
+            with profile(activities=[ProfilerActivity.CUDA]) as profiled:
                 epoch()  # slower by the profiler, so only the times of the kernels are used
-            profile.export_chrome_trace(f"{folder}/trace.json")
+            profiled.export_chrome_trace(f"{folder}/trace.json")
             events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
             work = [e["dur"] for e in events if e.get("cat", "").startswith(("kernel", "gpu_mem"))]
-            busy = sum(work) / 1e6
-            title = f"GPU at work {busy:.3f} of {parts['epoch']:.3f} s of epoch and validation"
-            show(title, 100 * busy / parts["epoch"], "%")
+            share = 100 * sum(work) / 1e6 / parts["epoch"]
+            show(f"GPU at work, of {parts['epoch']:.3f} s of epoch and validation", share, "%")
 
 
 def measure_run(args: argparse.Namespace, recipe: str) -> None:
@@ -208,22 +203,20 @@ def measure_run(args: argparse.Namespace, recipe: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         more = f"--recipe {recipe} --epochs {args.epochs} --cache cache".split()
         training = python(folder, __file__, "--timed", *args.flags, *more)
-        testing = python(
-            folder, f"{sys.path[0]}/test.py", "--device", args.device, "--json", "test.json"
-        )
+        more = [*args.flags[-2:], "--json", "test.json"]  # the device
+        testing = python(folder, f"{sys.path[0]}/test.py", *more)
         parts = json.loads(Path(folder, "parts.json").read_text())
-        result = json.loads(Path(folder, "test.json").read_text())
+        accuracy = json.loads(Path(folder, "test.json").read_text())["accuracy"]
     parts |= {"starting and the rest": training - sum(parts.values()), "test.py": testing}
-    show(f"{recipe}, {args.epochs} epochs: start to tested checkpoint", training + testing, "s")
+    done = f"{accuracy:.2f} % of the test images"
+    show(f"{recipe}, {args.epochs} epochs: start to {done}", training + testing, "s")
     for name, seconds in parts.items():
         show(f"  {name}", seconds, "s")
-    show("  accuracy on the test images", result["accuracy"], "%", 2)
 
 
 def train_timed(argv: list[str]) -> None:
     """Do what `train.py ARGV` does; write the seconds of its parts to parts.json."""
-    parts = {}
-    timings = {data: ["build_cache"], train: ["train_epoch", "evaluate", "save"]}
+    parts, timings = {}, {data: ["build_cache"], train: ["train_epoch", "evaluate", "save"]}
     for owner, names in (timings | {train.Log: ["start", "epoch"]}).items():
         for name in names:
             setattr(owner, name, timed(getattr(owner, name), parts, f"{owner.__name__}.{name}"))

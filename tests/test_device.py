@@ -6,6 +6,7 @@ needs a GPU: python -m pytest -q -s tests/test_device.py
 
 import copy
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -191,18 +192,6 @@ def test_a_value_that_a_step_reads_would_be_found(pretend, monkeypatch):
 # ------------------------------------------------------------------------------------ on a GPU
 
 
-def terminate() -> None:
-    """Let the process get a SIGTERM in the third step of its second epoch."""
-    train_step = train.Trainer.train_step
-
-    def eventful(trainer, *batch):
-        train_step(trainer, *batch)
-        if (trainer.epoch, trainer.step) == (1, 3):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    train.Trainer.train_step = eventful
-
-
 class Several(int):
     """A number that counts as more than 1, so that one process does what several do."""
 
@@ -214,9 +203,9 @@ def join_group() -> None:
     """Let the process train by DDP and NCCL, as the only one of its group."""
     set_up, ddp = train.set_up, train.DistributedDataParallel
 
-    def set_up_group(*args):
+    def set_up_group(*args, **options):
         group = f"file://{os.getcwd()}/group"
-        compute = set_up(*args)
+        compute = set_up(*args, **options)
         dist.init_process_group("cpu:gloo,cuda:nccl", init_method=group, rank=0, world_size=1)
         return dataclasses.replace(compute, world_size=Several(1))
 
@@ -236,6 +225,7 @@ def ask_for_too_much() -> None:
 def runs(flags, tmp_path_factory) -> dict[str, commands.Command]:
     """Runs on the GPU, at once because most of their time is that of starting."""
     exact = [*AUGMENTED, "--epochs", 2, "--precision", "fp16", "--deterministic"]
+    terminate = functools.partial(commands.after_step, 11, commands.send, signal.SIGTERM)
     plans = {
         "plain": (["--epochs", 3], None, 0),
         "whole": (exact, None, 0),

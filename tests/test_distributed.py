@@ -20,9 +20,18 @@ NARROW = Path(__file__).with_name("narrow.py")
 WORDS = "train.py: "  # every message of the program begins so; torchrun's own lines do not
 
 
-def torchrun(program, *argv, folder, options=(), status=0, **environment) -> subprocess.CompletedProcess:
+def torchrun(
+    program, *argv, folder, options=(), status=0, **environment
+) -> subprocess.CompletedProcess:
     """Run a command line in two processes, and check torchrun's exit status and that no worker hangs."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        *options,
+    ]
     process = subprocess.Popen(
         [*command, NARROW, program, *map(str, argv)],
         cwd=folder,
@@ -91,7 +100,19 @@ def test_the_pictures_are_decoded_once_per_machine(unbroken):
 def test_two_processes_train_as_one_does(odd_flags, tmp_path):
     # Adam divides a gradient by its size: where that is near zero, rounding is all that is left of it. At 64
     # pixels, 0.5 % of the weights have such gradients, and differ by up to 4e-4; at 96 none has
-    flags = [*odd_flags, "--dropout", 0, "--epochs", 1, "--init", "he", "--augment", "none", "--train-size", 96]
+    flags = [
+        *odd_flags,
+        "--dropout",
+        0,
+        "--epochs",
+        1,
+        "--init",
+        "he",
+        "--augment",
+        "none",
+        "--train-size",
+        96,
+    ]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     commands.run("train", *flags, folder=tmp_path / "one")
@@ -99,7 +120,9 @@ def test_two_processes_train_as_one_does(odd_flags, tmp_path):
     one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
     assert difference(one, two) < 1e-5
     for figure in ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy"):
-        assert two["history"][0][figure] == pytest.approx(one["history"][0][figure], rel=1e-4), figure
+        assert two["history"][0][figure] == pytest.approx(one["history"][0][figure], rel=1e-4), (
+            figure
+        )
 
 
 @thorough
@@ -107,7 +130,10 @@ def test_two_processes_test_as_one_does(unbroken, tmp_path):
     ckpt, figures = unbroken / "alexnet.pth", {}
     commands.run("test", "--ckpt", ckpt, "--logdir", "one", "--json", "one.json", folder=tmp_path)
     result = torchrun("test", "--ckpt", ckpt, "--logdir", "two", "--json", folder=tmp_path)
-    figures = [json.loads((tmp_path / "one.json").read_text()), json.loads(result.stdout)]  # written once
+    figures = [
+        json.loads((tmp_path / "one.json").read_text()),
+        json.loads(result.stdout),
+    ]  # written once
     losses = [each.pop("loss") for each in figures]
     errors = [each.pop("calibration_error") for each in figures]
     assert figures[0] == figures[1]
@@ -117,8 +143,12 @@ def test_two_processes_test_as_one_does(unbroken, tmp_path):
 
 
 @thorough
-def test_killed_workers_are_restarted_and_the_run_ends_as_an_unbroken_one(odd_flags, unbroken, tmp_path):
-    older = checkpoint(unbroken)  # of a run with the same arguments: not what a restart goes on with
+def test_killed_workers_are_restarted_and_the_run_ends_as_an_unbroken_one(
+    odd_flags, unbroken, tmp_path
+):
+    older = checkpoint(
+        unbroken
+    )  # of a run with the same arguments: not what a restart goes on with
     older["state_dict"] = {name: torch.zeros_like(t) for name, t in older["state_dict"].items()}
     torch.save(older, tmp_path / "alexnet.last.pth")
     result = torchrun(
@@ -150,13 +180,17 @@ def test_interrupted_runs_save_once_and_go_on_as_if_unbroken(odd_flags, unbroken
     assert first["epoch"] == 0
     assert 5 <= first["step"] < 9
 
-    one = shutil.copytree(tmp_path, tmp_path / "one")  # two processes' checkpoint serves a single one
+    one = shutil.copytree(
+        tmp_path, tmp_path / "one"
+    )  # two processes' checkpoint serves a single one
     commands.run("train", "--resume", folder=one)
     commands.run("test", folder=one)
     assert difference(checkpoint(one), checkpoint(unbroken)) > 0  # other dropout
     assert checkpoint(one)["epoch"] == 2
 
-    result = torchrun("train", "--resume", folder=tmp_path, status=1, EVENT=f"interrupt 0 {12 - first['step']}")
+    result = torchrun(
+        "train", "--resume", folder=tmp_path, status=1, EVENT=f"interrupt 0 {12 - first['step']}"
+    )
     assert messages(result) == ["train.py: interrupted; go on with: python train.py --resume"]
     second = checkpoint(tmp_path)
     assert second["epoch"] == 1

@@ -1,63 +1,36 @@
 """Runs that are interrupted, killed, starved of disk or memory, or resumed in another place."""
 
 import csv
+import ctypes
 import filecmp
 import itertools
+import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
-import threading
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch._inductor.config
-from commands import Command, one_line, run, thorough
+from commands import Command, after_step, one_line, run, score_as, send, thorough
 
 import data
 import model
 import train
 
-STRONG = ["--recipe", "strong", "--warmup-epochs", "1", "--train-size", "64-96"]
-TIMINGS = ("images_per_second", "seconds")
-KILLS = 10 if "THOROUGH" in os.environ else 5  # for each recipe
-is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+STRONG = "--recipe strong --epochs 3 --warmup-epochs 1 --train-size 64-96 --repeats 2".split()
+KILLS = 12 if "THOROUGH" in os.environ else 4  # for each recipe
 
-# ------------------------------------------------- what happens inside a command: passed as `before`
+# ------------------------------------------- what happens inside a command: passed as `before`
 
 
-def after_step(number: int, action, *args) -> None:
-    step, count = train.Run.train_step, itertools.count(1)
-
-    def eventful(self, *arguments):
-        step(self, *arguments)
-        if next(count) == number:
-            action(*args)
-
-    train.Run.train_step = eventful
-
-
-def poison_after_step(number: int) -> None:
-    step, count = train.Run.train_step, itertools.count(1)
-
-    def eventful(self, *arguments):
-        step(self, *arguments)
-        if next(count) == number:
-            torch.nn.utils.vector_to_parameters(
-                torch.full((sum(p.numel() for p in self.network.parameters()),), torch.inf),
-                self.network.parameters(),
-            )
-
-    train.Run.train_step = eventful
-
-
-def without_compiler(cache: str) -> None:
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-    torch._inductor.config.cpp.cxx = (None, "missing")
+def save_each_epoch() -> None:
+    train.Checkpoints.save_if_due = train.Checkpoints.save
 
 
 def at_validation(action, *args) -> None:
@@ -70,40 +43,84 @@ def at_validation(action, *args) -> None:
     train.evaluate = eventful
 
 
-def at_picture(number: int, action, *args, pause: float = 0.0) -> None:
+def at_image(number: int, action, *args, pause: float = 0.0) -> None:
     decode, count = data.decode, itertools.count(1)
 
-    def eventful(path):
+    def eventful(file):
         time.sleep(pause)
         if next(count) == number:
             action(*args)
-        return decode(path)
+        return decode(file)
 
     data.decode = eventful
 
 
-def at_event(number: int, action) -> None:
-    """Call `action` at one of the moments between which the state of the run, or of its files, changes."""
+def kill_at_event(number: int) -> None:
+    """Die between two changes of the run's state or of its files, which it saves each epoch."""
+    save_each_epoch()
     count = itertools.count(1)
 
     def tick(function):
         def eventful(*arguments, **options):
             if next(count) == number:
-                action()
+                send(signal.SIGKILL)
             return function(*arguments, **options)
 
         return eventful
 
-    train.Run.train_step, train.evaluate = tick(train.Run.train_step), tick(train.evaluate)
-    os.fsync, os.replace, torch.save = tick(os.fsync), tick(os.replace), tick(torch.save)
+    train.Trainer.train_step, train.evaluate = map(tick, (train.Trainer.train_step, train.evaluate))
+    os.fsync, os.replace, torch.save = map(tick, (os.fsync, os.replace, torch.save))
 
 
-def send(signum: int) -> None:
-    os.kill(os.getpid(), signum)
+def kill_between_the_files(save: int, accuracies: list[float]) -> None:
+    """Die in a save of that number, when the best file is written and the last file is not."""
+    save_each_epoch()
+    score_as(accuracies)
+    replace, count = os.replace, itertools.count(1)
+
+    def eventful(source, target):
+        if str(target).endswith(".last.pth") and next(count) == save:
+            send(signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = eventful
 
 
-def kill_in(seconds: float) -> None:
-    threading.Timer(seconds, send, [signal.SIGKILL]).start()
+def hurry(factor: float, step: int) -> None:
+    """Let the clock run fast, and die in a step."""
+    clock = time.perf_counter
+    train.time.perf_counter = lambda: factor * clock()
+    after_step(step, send, signal.SIGKILL)
+
+
+def poison(step: int) -> None:
+    """Let a step break the weights."""
+    train_step, count = train.Trainer.train_step, itertools.count(1)
+
+    def eventful(trainer, *batch):
+        train_step(trainer, *batch)
+        if next(count) == step:
+            with torch.no_grad():
+                trainer.network.features[0].weight.fill_(torch.inf)
+
+    train.Trainer.train_step = eventful
+
+
+def limit_files(size: int, then=(), *args) -> None:
+    """Let every write beyond `size` bytes of a file fail, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    if then:
+        then(*args)
+
+
+def report_little_space() -> None:
+    shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 10**6)
+
+
+def lose_privileges() -> None:
+    """Root may write to any folder, unless it has no capabilities."""
+    header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, nothing) == 0
 
 
 def interrupt_twice() -> None:
@@ -111,14 +128,10 @@ def interrupt_twice() -> None:
     send(signal.SIGINT)
 
 
-def limit_files(size: int) -> None:
-    """Let every write beyond `size` bytes of a file fail, as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def fill_disk_and_stop() -> None:
-    limit_files(1_000_000)
-    send(signal.SIGTERM)
+def hang_up(ignored: bool) -> None:
+    if ignored:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    after_step(3, send, signal.SIGHUP)
 
 
 def close_output() -> None:
@@ -129,10 +142,15 @@ def close_output() -> None:
 
 
 def run_out_of_memory() -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nAnd more lines.")
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nAnd more.")
 
 
-# ----------------------------------------------------------------------------------- comparing runs
+def wait_for_file(path: str) -> None:
+    while not os.path.exists(path):
+        time.sleep(0.01)
+
+
+# ------------------------------------------------------------------------------ comparing runs
 
 
 def same(first, second) -> bool:
@@ -149,43 +167,40 @@ def same(first, second) -> bool:
 
 
 def outcome(folder: Path) -> dict:
-    """Return all that a run has left that does not depend on the time it took or on its arguments."""
-    last, best = (model.load(folder / name) for name in ("alexnet.last.pth", "alexnet.pth"))
-    for row in last["history"]:
-        assert all(row.pop(name) > 0 for name in TIMINGS)
-    with open(max(folder.glob("runs/*/history.csv"), key=os.path.getmtime)) as file:
-        table = [{name: row[name] for name in row if name not in TIMINGS} for row in csv.DictReader(file)]
-    volatile = ("args", "run", "seconds", "versions")
-    return {
-        "table": table,
-        "last": {name: value for name, value in last.items() if name not in volatile},
-        "best": {name: value for name, value in best.items() if name not in volatile},
-    }
+    """Return what a run leaves that depends neither on its time nor on its command."""
+    best, last = (model.load(folder / f"alexnet{name}.pth") for name in ("", ".last"))
+    with open(next(folder.glob("runs/*/history.csv"))) as file:
+        table = list(csv.DictReader(file))
+    for row in (*last["history"], *table):
+        assert all(float(row.pop(name)) > 0 for name in ("images_per_second", "seconds"))
+    for checkpoint in (best, last):
+        for name in ("args", "run", "command", "versions"):
+            del checkpoint[name]
+    del last["seconds"]
+    return {"best": best, "last": last, "table": table}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.glob("*.pth"))}
 
 
-def leftovers(*folders: Path) -> list[Path]:
-    return [path for folder in folders for path in folder.rglob("*.tmp")]
+def leftovers(folder: Path) -> list[Path]:
+    return [*folder.rglob("*.tmp"), *folder.rglob("*.lock")]
 
 
 @pytest.fixture(scope="module")
 def trained_strong(flags, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained_strong")
-    run("train", *flags, *STRONG, "--epochs", 3, "--name", "run", folder=folder)
+    run("train", *flags, *STRONG, folder=folder)
     return folder
 
 
 @pytest.fixture(params=["report", "strong"])
 def recipe(request, flags, trained, trained_strong) -> tuple[list[str], dict]:
     """The flags of a run of three epochs, and what it leaves when nothing breaks it."""
-    strong = request.param == "strong"
-    return (
-        [*flags, *(STRONG if strong else []), "--epochs", "3", "--name", "run"],
-        outcome(trained_strong if strong else trained),
-    )
+    if request.param == "strong":
+        return [*flags, *STRONG], outcome(trained_strong)
+    return [*flags, "--epochs", "3"], outcome(trained)
 
 
 @pytest.fixture
@@ -194,107 +209,164 @@ def copy(trained, tmp_path) -> Path:
     return shutil.copytree(trained, tmp_path / "copy")
 
 
+@pytest.fixture(scope="session")
+def first_epoch(flags, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("first_epoch")
+    run("train", *flags, "--epochs", 1, folder=folder)
+    return folder
+
+
 @pytest.fixture
-def one_epoch(flags, tmp_path) -> Path:
-    """A folder in which a run of one epoch has ended."""
-    run("train", *flags, "--epochs", 1, "--name", "run", folder=tmp_path)
-    return tmp_path
+def one_epoch(first_epoch, tmp_path) -> Path:
+    """A folder in which a run of one epoch has ended, to continue."""
+    return shutil.copytree(first_epoch, tmp_path / "one")
 
 
-# ------------------------------------------------------------------------------------ twice the same
+# -------------------------------------------------------------------------- twice the same bits
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=thorough)])
+@thorough
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_same_seed_gives_the_same_bits_in_every_precision(flags, tmp_path, precision):
-    for folder in ("first", "second"):
-        (tmp_path / folder).mkdir()
-        run("train", *flags, *STRONG, "--epochs", 2, "--precision", precision, folder=tmp_path / folder)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        run("train", *flags, *STRONG, "--precision", precision, folder=tmp_path / name)
     assert same(outcome(tmp_path / "first"), outcome(tmp_path / "second"))
 
 
-# -------------------------------------------------------------------------------------- interrupted
+# ---------------------------------------------------------------------------------- interrupted
 
 
-@pytest.mark.parametrize(
-    ("before", "status"),
-    [
-        pytest.param(partial(after_step, 11, send, signal.SIGTERM), 143, id="SIGTERM in the second epoch"),
-        pytest.param(partial(after_step, 1, send, signal.SIGINT), 130, id="SIGINT at the first step"),
-        pytest.param(partial(after_step, 24, send, signal.SIGTERM), 143, id="SIGTERM at the last step"),
-        pytest.param(partial(at_validation, send, signal.SIGINT), 130, id="SIGINT during validation"),
-    ],
-)
-def test_an_interrupted_run_goes_on_bit_for_bit(recipe, before, status, tmp_path):
+def test_a_run_interrupted_at_any_step_goes_on_bit_for_bit(recipe, tmp_path):
     flags, unbroken = recipe
-    stopped = run("train", *flags, folder=tmp_path, before=before, status=status)
-    assert "go on with: python train.py --resume" in one_line(stopped)
-    assert model.load(tmp_path / "alexnet.last.pth")["epoch"] < 3
-    run("train", "--resume", folder=tmp_path)
+    steps = 8 if "strong" not in flags else 16
+    for before, status, place in (
+        (partial(after_step, 1, send, signal.SIGTERM), 143, (0, 1)),
+        (partial(after_step, steps - 1, send, signal.SIGINT), 130, (0, steps)),
+        (partial(at_validation, send, signal.SIGTERM), 143, (0, steps)),
+        (partial(after_step, steps // 2, send, signal.SIGINT), 130, (1, steps // 2)),
+        (partial(after_step, steps + steps // 2, send, signal.SIGHUP), 129, (2, steps)),
+    ):
+        stopped = run("train", *flags, folder=tmp_path, before=before, status=status)
+        assert one_line(stopped).endswith("interrupted; continue with: python train.py --resume\n")
+        last = model.load(tmp_path / "alexnet.last.pth")
+        assert (last["epoch"], last["step"]) == place
+        assert not leftovers(tmp_path)
+        flags = ["--resume"]
+    run("train", *flags, folder=tmp_path)
     assert same(outcome(tmp_path), unbroken)
-    assert not leftovers(tmp_path)
 
 
-def test_the_advice_of_an_interrupted_run_names_its_checkpoint(flags, tmp_path):
-    argv = [*flags, "--epochs", 1, "--ckpt", "sub/net.pth"]
-    stopped = run("train", *argv, folder=tmp_path, before=partial(after_step, 1, send, signal.SIGINT), status=130)
-    assert one_line(stopped).endswith("--resume --ckpt sub/net.pth\n")
-    run("train", "--resume", "--ckpt", "sub/net.pth", folder=tmp_path)
+def test_a_name_is_that_of_the_checkpoint_and_the_advice_names_it(flags, tmp_path):
+    argv, stop = ["--epochs", 2, "--name", "net"], partial(after_step, 9, send, signal.SIGINT)
+    stopped = run("train", *flags, *argv, folder=tmp_path, before=stop, status=130)
+    assert one_line(stopped).endswith("--resume --ckpt net.pth\n")
+    assert {path.name for path in tmp_path.glob("*.pth")} == {"net.pth", "net.last.pth"}
+    run("train", "--name", "net", "--resume", folder=tmp_path)
+    assert model.load(tmp_path / "net.last.pth")["epoch"] == 2
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["net"]
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interruption_while_pictures_are_decoded_leaves_nothing(flags, tmp_path, signum, status):
-    before = partial(at_picture, 10, send, signum)
-    stopped = run("train", *flags, "--cache", tmp_path / "cache", folder=tmp_path, before=before, status=status)
-    assert "no training was lost" in one_line(stopped)
-    assert not list((tmp_path / "cache").iterdir())
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=thorough)])
+def test_an_interruption_while_images_are_decoded_leaves_nothing(flags, tmp_path, signum):
+    argv, before = [*flags, "--cache", tmp_path / "cache"], partial(at_image, 10, send, signum)
+    stopped = Command("train", *argv, folder=tmp_path, before=before)
+    assert stopped.wait() == 128 + signum
+    if signum == signal.SIGINT:
+        assert one_line(stopped) == "train.py: interrupted\n"
+        assert not list((tmp_path / "cache").iterdir())
     assert not list(tmp_path.glob("*.pth"))
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_interruption_before_a_resumed_run_trains_keeps_its_checkpoint(copy):
-    before, kept = partial(at_picture, 10, send, signal.SIGINT), contents(copy)
-    stopped = run("train", "--resume", "--cache", copy / "cache", folder=copy, before=before, status=130)
-    assert "no training was lost" in one_line(stopped)
-    assert contents(copy) == kept
-
-
 def test_an_earlier_runs_checkpoints_outlive_less_than_an_epoch(copy, flags):
-    kept, before = contents(copy), partial(after_step, 3, send, signal.SIGINT)
-    stopped = run("train", *flags, "--seed", 1, "--epochs", 3, folder=copy, before=before, status=130)
-    assert "alexnet.pth and alexnet.last.pth: an earlier run's" in stopped.stdout
-    assert "not yet replaced" in one_line(stopped)
+    kept, stop = contents(copy), partial(after_step, 3, send, signal.SIGINT)
+    argv = [*flags, "--seed", 1, "--epochs", 2]
+    stopped = run("train", *argv, folder=copy, before=stop, status=130)
+    assert "alexnet.pth is of an earlier run, which this one replaces" in stopped.stdout
+    assert "the earlier run's checkpoints are kept" in one_line(stopped)
     assert contents(copy) == kept
-    run("train", "--resume", folder=copy)
+    stop = partial(after_step, 9, send, signal.SIGINT)
+    run("train", *argv, folder=copy, before=stop, status=130)
+    assert {model.load(copy / f"alexnet{name}.pth")["seed"] for name in ("", ".last")} == {1}
 
 
 def test_a_second_ctrl_c_ends_the_program_at_once(flags, tmp_path):
-    run("train", *flags, folder=tmp_path, before=partial(after_step, 3, interrupt_twice), status=130)
+    run(
+        "train", *flags, folder=tmp_path, before=partial(after_step, 3, interrupt_twice), status=130
+    )
     assert not list(tmp_path.glob("*.pth"))
+
+
+@pytest.mark.parametrize(("ignored", "status", "place"), [(False, 129, (0, 3)), (True, 0, (1, 0))])
+def test_a_closed_terminal_saves_the_run_unless_it_is_under_nohup(
+    flags, tmp_path, ignored, status, place
+):
+    argv, before = [*flags, "--epochs", 1], partial(hang_up, ignored)
+    run("train", *argv, folder=tmp_path, before=before, status=status)
+    last = model.load(tmp_path / "alexnet.last.pth")
+    assert (last["epoch"], last["step"]) == place
+
+
+# --------------------------------------------------------------------------------------- killed
 
 
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(recipe, tmp_path):
     flags, unbroken = recipe
-    last, rng, kills, halfway = tmp_path / "alexnet.last.pth", random.Random(len(flags)), 0, 0
-    while kills < KILLS or (kills < 50 and not halfway):
-        action = rng.choice([partial(send, signal.SIGKILL), partial(kill_in, rng.random() / 20)])
-        before = partial(at_event, rng.randint(1, 20), action)
-        command = Command("train", *(["--resume"] if last.exists() else flags), folder=tmp_path, before=before)
-        status = command.wait()
-        assert status in (0, 137), command.stderr
-        kills += status == 137
-        halfway += bool(leftovers(tmp_path))
-        if status == 0:
+    last, rng, kills, written = tmp_path / "alexnet.last.pth", random.Random(0), 0, 0
+    while kills < KILLS or not written:
+        before = partial(kill_at_event, rng.randint(1, 12 if "strong" not in flags else 24))
+        argv = ["--resume"] if last.exists() else flags
+        command = Command("train", *argv, folder=tmp_path, before=before)
+        assert command.wait() in (0, 137), command.stderr
+        kills += command.process.exitcode != 0
+        written += last.exists()
+        if last.exists():  # the best of its epochs is always on disk
+            assert train.saved_best(str(tmp_path / "alexnet.pth"), model.load(last))
+        if command.process.exitcode == 0:
             assert same(outcome(tmp_path), unbroken)
             last.unlink()
         if not last.exists():
             shutil.rmtree(tmp_path / "runs", ignore_errors=True)
     run("train", *(["--resume"] if last.exists() else flags), folder=tmp_path)
     assert same(outcome(tmp_path), unbroken)
-    assert halfway, "no file was being written at any of the kills: the test shows too little"
-    assert not leftovers(tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.lock"))
 
 
-# ------------------------------------------------------------------------------------------ resumed
+def test_a_run_killed_long_after_its_last_save_goes_on_bit_for_bit(flags, trained, tmp_path):
+    argv = [*flags, "--epochs", 3]
+    run("train", *argv, folder=tmp_path, before=partial(hurry, 100, 22), status=137)
+    assert model.load(tmp_path / "alexnet.last.pth")["epoch"] in (1, 2)  # saving follows its rule
+    run("train", "--resume", folder=tmp_path)
+    assert same(outcome(tmp_path), outcome(trained))
+
+
+def test_a_run_killed_between_its_two_files_keeps_the_best(flags, tmp_path):
+    def tested() -> dict:
+        return json.loads(run("test", "--split", "valid", "--json", folder=tmp_path).stdout)
+
+    argv, before = [*flags, "--epochs", 3], partial(kill_between_the_files, 2, [30.0, 50.0])
+    run("train", *argv, folder=tmp_path, before=before, status=137)
+    best, last = (model.load(tmp_path / f"alexnet{name}.pth") for name in ("", ".last"))
+    assert (best["epoch"], best["valid_accuracy"]) == (2, 50.0)
+    assert (last["epoch"], last["valid_accuracy"]) == (1, 30.0)
+    found = train.saved_best(str(tmp_path / "alexnet.pth"), last)  # what --resume takes as best
+    assert found == {"epoch": 2, "valid_accuracy": 50.0}
+    assert "epoch 2, valid accuracy 50.00 %" in run("test", folder=tmp_path).stdout
+    before = tested()
+    resumed = run("train", "--resume", folder=tmp_path, before=partial(score_as, [50.0, 40.0]))
+    assert "best: epoch 2, valid accuracy 50.00 %" in resumed.stdout
+    assert "not the best" not in resumed.stdout
+    again = model.load(tmp_path / "alexnet.pth")
+    assert same(again["state_dict"], best["state_dict"])
+    assert again["epoch"] == 2
+    assert tested() == before
+    summary = json.loads(next(tmp_path.glob("runs/*/summary.json")).read_text())
+    assert (summary["epochs"], summary["best_epoch"], summary["best_accuracy"]) == (3, 2, 50.0)
+
+
+# -------------------------------------------------------------------------------------- resumed
 
 
 def test_more_epochs_later_are_as_good_as_more_epochs_at_once(one_epoch, trained):
@@ -302,166 +374,209 @@ def test_more_epochs_later_are_as_good_as_more_epochs_at_once(one_epoch, trained
     assert same(outcome(one_epoch), outcome(trained))
 
 
-def test_resuming_a_finished_run_changes_nothing(copy):
-    files = {path: path.read_bytes() for path in copy.rglob("*") if path.suffix in (".pth", ".csv")}
-    run("train", "--resume", folder=copy)
-    assert len(files) == 3
-    assert all(path.read_bytes() == content for path, content in files.items())
+def test_resuming_a_finished_run_changes_nothing(copy, flags):
+    kept = {path: path.read_bytes() for path in copy.rglob("*") if path.suffix in (".pth", ".csv")}
+    argv = [*flags, "--epochs", 3, "--name", "run", "--ckpt", "alexnet.pth"]  # as it was begun
+    assert "best: epoch" in run("train", *argv, "--resume", folder=copy).stdout
+    assert len(kept) == 3
+    assert all(path.read_bytes() == content for path, content in kept.items())
 
 
-@pytest.mark.parametrize(
-    "argument",
-    ["--batch-size 4", "--lr 0.1", "--seed 1", "--recipe strong", "--name other", "--train-size 96", "--epochs 2"],
-)
-def test_an_argument_that_contradicts_the_run_is_refused_by_name(trained, argument):
-    refused = run("train", "--resume", *argument.split(), folder=trained, status=2)
-    assert argument in one_line(refused)
+CONTRADICTIONS = """--batch-size 4/--lr 0.1/--seed 1/--recipe strong/--name other/--train-size 96
+--epochs 2/--stride 2/--precision fp16/--ema 0.9/--init he/--test-size 64""".replace("\n", "/")
 
 
-@pytest.mark.parametrize("resume", ["net.last", "net"])
-def test_a_checkpoint_may_lack_a_suffix(copy, resume):
-    (copy / "alexnet.pth").rename(copy / "net")
-    (copy / "alexnet.last.pth").rename(copy / "net.last")
-    resumed = run("train", "--resume", resume, "--ckpt", copy / "net", folder=copy)
-    assert f"saved in {copy / 'net'}" in resumed.stdout
-
-
-@pytest.mark.parametrize("state", ["lost", "another run's"])
-def test_a_best_checkpoint_that_is_not_the_runs_is_not_called_so(copy, flags, state):
-    (copy / "alexnet.pth").unlink()
-    if state != "lost":
-        run("train", *flags, "--seed", 1, "--epochs", 1, "--ckpt", "other.pth", folder=copy)
-        (copy / "other.pth").rename(copy / "alexnet.pth")
-    resumed = run("train", "--resume", folder=copy)
-    assert "not the best of epochs 1 to 3" in resumed.stdout
-    assert "no longer in alexnet.pth" in resumed.stdout
-    assert "next: tensorboard" in resumed.stdout
-
-
-def test_repeated_arguments_are_accepted(copy, flags):
-    run("train", *flags, "--epochs", 3, "--name", "run", "--resume", folder=copy)
+@pytest.mark.parametrize("argument", CONTRADICTIONS.split("/"))
+def test_an_argument_that_contradicts_the_run_is_refused_by_name(
+    trained, argument, monkeypatch, capsys
+):
+    monkeypatch.chdir(trained)
+    argv = ["--resume", "--ckpt", "alexnet.pth"]
+    assert train.parse(argv)[1]
+    with pytest.raises(SystemExit):
+        train.parse([*argv, *argument.split()])
+    assert argument in capsys.readouterr().err
 
 
 def test_a_run_goes_on_in_another_place(copy, photos, tmp_path):
     moved = shutil.copytree(photos, tmp_path / "moved")
-    argv = ["--data", moved, "--cache", tmp_path / "cache", "--logdir", "elsewhere", "--device", "cpu"]
+    argv = ["--data", moved, "--cache", tmp_path / "cache", "--logdir", "there", "--device", "cpu"]
     run("train", "--resume", "--epochs", 4, *argv, folder=copy)
-    with open(copy / "elsewhere" / "run" / "history.csv") as file:
+    with open(copy / "there" / "run" / "history.csv") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
+    assert model.load(copy / "alexnet.last.pth")["args"]["data"] == str(moved)
 
 
-@pytest.mark.parametrize("change", ["removed", "replaced", "added"])
-def test_images_that_changed_since_are_noticed(copy, photos, tmp_path, change):
+@pytest.mark.parametrize("state", ["lost", "another run's"])
+def test_a_best_checkpoint_that_is_not_the_runs_is_not_called_so(copy, one_epoch, state):
+    (copy / "alexnet.pth").unlink()
+    if state != "lost":
+        other = model.load(one_epoch / "alexnet.pth")
+        model.save({**other, "split": {}, "epoch": 9, "valid_accuracy": 99.0}, copy / "alexnet.pth")
+    resumed = run("train", "--resume", folder=copy)
+    assert "not the best weights of this run" in resumed.stdout
+    assert "best: epoch" not in resumed.stdout
+    assert "next: python test.py" not in resumed.stdout
+
+
+@pytest.mark.parametrize("change", ["missing", "changed", "new"])
+def test_images_that_changed_since_are_named(copy, photos, tmp_path, change):
     moved = shutil.copytree(photos, tmp_path / "moved")
     first, second, *_ = sorted(moved.rglob("*.jpg"))
-    kept = contents(copy)
-    if change == "removed":
+    name = first.relative_to(moved / "101_ObjectCategories").as_posix()
+    if change == "missing":
         first.unlink()
-    elif change == "added":
+    elif change == "new":
         shutil.copy(first, first.with_name("new.jpg"))
+        name = name.replace(first.name, "new.jpg")
     else:
-        assert first.stat().st_size != second.stat().st_size
         shutil.copy(second, first)
-    argv = ["--data", moved, "--cache", tmp_path / "cache", "--epochs", 4]
-    assert "images" in one_line(run("train", "--resume", *argv, folder=copy, status=1))
-    assert contents(copy) == kept
+    argv = (
+        "--resume",
+        "--ckpt",
+        copy / "alexnet.pth",
+        "--data",
+        moved,
+        "--cache",
+        tmp_path / "cache",
+    )
+    args, checkpoint = train.parse([*map(str, argv)])
+    with pytest.raises(data.DataError, match=rf"changed since .*: 1 {change} .such as '{name}'"):
+        train.build_trainer(args, checkpoint, train.set_up("cpu", "auto"))
 
 
-# ------------------------------------------------------------------------------ damaged checkpoints
+def as_version_1(folder: Path) -> None:
+    """Turn the checkpoints in `folder` into those that the program wrote before version 2."""
+    for path in folder.glob("*.pth"):
+        checkpoint = model.load(path)
+        for name in ("size", "mean", "std", "command", "checksums"):
+            del checkpoint[name]
+        checkpoint["versions"] = {"format": 1, "python": "3.11.7", "torch": "2.14.1"}
+        checkpoint["args"] |= {"resume": None, "compile": False, "bf16_gradients": False}
+        if averaged := checkpoint.get("averaged"):
+            averaged = {f"module.{name}": tensor for name, tensor in averaged.items()}
+            checkpoint["averaged"] = {"n_averaged": torch.tensor(48), **averaged}
+        torch.save(checkpoint, path)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(trained) -> dict:
-    return model.load(trained / "alexnet.pth")
+@pytest.mark.parametrize("recipe", [[], STRONG], ids=["report", "strong"])
+def test_checkpoints_of_version_1_are_tested_and_resumed(flags, recipe, tmp_path):
+    argv, stop = [*flags, *recipe, "--epochs", 2], partial(after_step, 20, send, signal.SIGTERM)
+    argv = [*argv, "--epochs", 3] if recipe else argv
+    run("train", *flags, *recipe, "--epochs", 3, folder=tmp_path, before=stop, status=143)
+    new = shutil.copytree(tmp_path, tmp_path / "new")
+    as_version_1(tmp_path)
+    figures = [
+        run("test", "--split", "valid", "--json", folder=folder).stdout
+        for folder in (tmp_path, new)
+    ]
+    assert figures[0] == figures[1]
+    for folder in (tmp_path, new):
+        run("train", "--resume", folder=folder)
+    assert same(outcome(tmp_path), outcome(new))
 
 
-def is_refused_or_unharmed(path: Path, checkpoint: dict) -> bool:
-    try:
-        return same(model.load(path), checkpoint)
-    except model.CheckpointError as error:
-        return str(path) in str(error)
+def test_training_begins_with_the_weights_of_a_file(trained, flags, tmp_path):
+    source = model.load(trained / "alexnet.pth")["state_dict"]
+    torch.save({f"module.{name}": tensor for name, tensor in source.items()}, tmp_path / "a.pth")
+    argv = [*flags, "--epochs", 1, "--lr", 1e-12]
+    assert "initial weights from" in run("train", *argv, "--init", "a.pth", folder=tmp_path).stdout
+    found = model.load(tmp_path / "alexnet.pth")["state_dict"]
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, source[name], rtol=0, atol=1e-9)
+    run("train", "--resume", "--epochs", 2, folder=tmp_path)
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pth")
+    refused = run("train", *argv, "--init", "a.pth", folder=tmp_path, status=1)
+    assert "a.pth: refused" in one_line(refused)
 
 
-def test_a_truncated_checkpoint_is_refused(copy, checkpoint):
+# --------------------------------------------------------------------------- damaged checkpoints
+
+
+def test_a_truncated_checkpoint_is_refused(copy):
     path, rng = copy / "alexnet.pth", random.Random(0)
     size = path.stat().st_size
     for offset in sorted([size - 1, 1, 0, *(rng.randrange(size) for _ in range(47))], reverse=True):
         os.truncate(path, offset)
         with pytest.raises(model.CheckpointError):
             model.load(path)
+    run("train", "--resume", "--epochs", 4, folder=copy)  # its own file is whole
 
 
-def test_a_flipped_bit_is_noticed_or_harmless(copy, checkpoint):
+def test_a_flipped_bit_is_noticed_or_harmless(copy):
     path, rng = copy / "alexnet.pth", random.Random(0)
-    size = path.stat().st_size
+    size, checkpoint, noticed = path.stat().st_size, model.load(path), 0
     places = [rng.randrange(size) for _ in range(20)]
     places += [rng.randrange(5_000) for _ in range(10)]  # the pickle
     places += [size - 1 - rng.randrange(5_000) for _ in range(20)]  # the directory of the archive
-    with open(path, "r+b", buffering=0) as file:
-        for place in places:
-            file.seek(place)
-            byte = file.read(1)[0]
-            for value in (byte ^ 1 << rng.randrange(8), byte):
-                file.seek(place)
-                file.write(bytes([value]))
-                if value != byte:
-                    assert is_refused_or_unharmed(path, checkpoint), place
-    assert same(model.load(path), checkpoint)
+    content = bytearray(path.read_bytes())
+    for place in places:
+        bit = 1 << rng.randrange(8)
+        content[place] ^= bit
+        path.write_bytes(content)
+        try:
+            assert same(model.load(path), checkpoint), place
+        except model.CheckpointError as error:
+            assert str(path) in str(error)
+            noticed += 1
+        content[place] ^= bit
+    assert noticed > 20
 
 
-# ----------------------------------------------------------------------------------- disk and memory
-
-
-@pytest.mark.parametrize("size", [5_000_000, 20_000_000], ids=["for the best", "for the last"])
-def test_too_little_room_for_a_checkpoint_is_noticed_before_training(flags, photos, tmp_path, size):
-    failed = run("train", *flags, "--epochs", 1, folder=tmp_path, before=partial(limit_files, size), status=1)
-    assert "make room or give another --ckpt" in one_line(failed)
-    assert "epoch" not in failed.stdout
-    assert not list(tmp_path.glob("*.pth*"))
-
-
-@pytest.mark.parametrize("size", [10_000, 1_000_000], ids=["for the log", "for a checkpoint"])
-def test_a_disk_that_fills_up_spoils_nothing(one_epoch, trained, size):
-    kept, before = contents(one_epoch), partial(after_step, 3, limit_files, size)
-    failed = run("train", "--resume", "--epochs", 3, folder=one_epoch, before=before, status=1)
-    assert str(one_epoch / "runs") in one_line(failed) or "alexnet" in failed.stderr
-    assert contents(one_epoch) == kept
-    assert not leftovers(one_epoch)
-    run("train", "--resume", "--epochs", 3, folder=one_epoch)
-    assert same(outcome(one_epoch), outcome(trained))
-
-
-def test_a_full_disk_at_an_interruption_spoils_nothing(one_epoch):
-    kept, before = contents(one_epoch), partial(after_step, 3, fill_disk_and_stop)
-    failed = run("train", "--resume", "--epochs", 3, folder=one_epoch, before=before, status=1)
-    assert "alexnet.last.pth" in one_line(failed)
-    assert contents(one_epoch) == kept
-    assert not leftovers(one_epoch)
-
-
-def test_a_checkpoint_folder_that_vanishes_is_one_line(flags, tmp_path):
-    before = partial(after_step, 3, shutil.rmtree, "sub")
-    argv = [*flags, "--epochs", 1, "--ckpt", "sub/net.pth"]
-    assert "sub/net.pth" in one_line(run("train", *argv, folder=tmp_path, before=before, status=1))
+# ---------------------------------------------------------------------------- disks and folders
 
 
 @pytest.mark.parametrize(
-    "before",
+    ("before", "words"),
     [
-        pytest.param(partial(after_step, 3, shutil.rmtree, "runs"), id="vanishes"),
-        pytest.param(partial(after_step, 3, os.makedirs, "runs/run/history.csv/x"), id="takes no history.csv"),
+        pytest.param(partial(limit_files, 1_000_000), "alexnet.pth", id="at a save"),
+        pytest.param(partial(limit_files, 100), "File too large", id="at the log"),
+        pytest.param(
+            partial(limit_files, 1_000_000, send, signal.SIGTERM), "last.pth", id="at a signal"
+        ),
     ],
 )
-def test_a_log_folder_that_fails_is_one_line(flags, tmp_path, before):
-    argv = [*flags, "--epochs", 1, "--name", "run"]
+def test_a_full_disk_is_one_line_and_keeps_the_old_files(one_epoch, before, words):
+    kept = contents(one_epoch)
+    before = partial(after_step, 3, before)
+    failed = run("train", "--resume", "--epochs", 3, folder=one_epoch, before=before, status=1)
+    assert words in one_line(failed)
+    assert contents(one_epoch) == kept
+    assert not leftovers(one_epoch)
+
+
+def test_too_little_space_is_noticed_before_training(flags, tmp_path):
+    failed = run("train", *flags, folder=tmp_path, before=report_little_space, status=1)
+    assert re.search(r"alexnet.pth: checkpoints need 4\d MB there; free some", one_line(failed))
+    assert "epoch 1" not in failed.stdout
+    assert not list(tmp_path.glob("*.pth*"))
+
+
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        pytest.param(partial(shutil.rmtree, "sub"), "sub/net.pth: cannot be written", id="ckpt"),
+        pytest.param(partial(shutil.rmtree, "runs"), "runs/run", id="log"),
+        pytest.param(partial(os.makedirs, "runs/run/history.csv/x"), "history.csv", id="csv"),
+        pytest.param(close_output, "output: Broken pipe", id="output"),
+    ],
+)
+def test_a_folder_that_fails_while_training_is_one_line(flags, tmp_path, action, words):
+    argv = [*flags, "--epochs", 1, "--name", "run", "--ckpt", "sub/net.pth"]
+    before = partial(after_step, 3, action)
     failed = run("train", *argv, folder=tmp_path, before=before, status=1)
-    assert "the log can't be written" in one_line(failed)
+    assert words in one_line(failed)
     assert not leftovers(tmp_path)
+    if words == "history.csv":
+        assert model.load(tmp_path / "sub" / "net.pth")["epoch"] == 1  # the best weights are safe
 
 
-def test_output_that_nobody_reads_is_not_blamed_on_the_log(flags, tmp_path):
-    before = partial(after_step, 3, close_output)
-    assert "output: Broken pipe" in one_line(run("train", *flags, folder=tmp_path, before=before, status=1))
+@pytest.mark.parametrize("flag", ["--ckpt", "--logdir", "--cache"])
+def test_a_read_only_folder_is_one_line(flags, tmp_path, flag):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    argv = [*flags, flag, "locked/net.pth"]
+    failed = run("train", *argv, folder=tmp_path, before=lose_privileges, status=1)
+    assert re.search(r"locked/net.pth.*Permission denied", one_line(failed))
 
 
 def test_a_log_folder_that_is_a_file_is_one_line(flags, tmp_path):
@@ -470,98 +585,78 @@ def test_a_log_folder_that_is_a_file_is_one_line(flags, tmp_path):
     assert (tmp_path / "runs").read_text() == "mine"
 
 
-@pytest.mark.skipif(is_root, reason="no folder is read-only to root")
-@pytest.mark.parametrize("flag", ["--ckpt", "--logdir", "--cache"])
-def test_a_read_only_folder_is_one_line(flags, tmp_path, flag):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    failed = run("train", *flags, flag, "locked/alexnet.pth", folder=tmp_path, status=1)
-    assert "locked" in one_line(failed)
+def test_a_second_run_on_a_checkpoint_is_refused_and_harms_nothing(flags, trained, tmp_path):
+    argv = [*flags, "--epochs", 3]
+    before = partial(after_step, 3, wait_for_file, "go")
+    first = Command("train", *argv, folder=tmp_path, before=before)
+    first.wait_for((tmp_path / "alexnet.pth.lock").exists)
+    for _ in range(2):
+        second = run("train", *argv, "--seed", 1, folder=tmp_path, status=1)
+        assert "alexnet.pth: another run writes it now; give --name" in one_line(second)
+    (tmp_path / "go").touch()
+    assert first.wait() == 0, first.stderr
+    assert same(outcome(tmp_path), outcome(trained))
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert not leftovers(tmp_path)
 
 
-# ---------------------------------------------------------------------------------- numbers, memory
+# ------------------------------------------------------------------------------ numbers, memory
 
 
-def test_a_loss_that_is_not_finite_names_epoch_step_and_rate(one_epoch):
-    kept, before = contents(one_epoch), partial(poison_after_step, 2)
-    failed = run("train", "--resume", "--epochs", 2, folder=one_epoch, before=before, status=1)
-    error = one_line(failed)
-    assert "epoch 2, step 3" in error
-    assert "0.001" in error
-    assert "the best checkpoint is kept" in error
-    assert contents(one_epoch) == kept
+@pytest.mark.parametrize("step", [2, 8])
+def test_a_loss_that_is_not_finite_keeps_the_best_weights(flags, tmp_path, step):
+    argv = [*flags, "--epochs", 3]
+    failed = run("train", *argv, folder=tmp_path, before=partial(poison, 8 + step), status=1)
+    place = f"epoch 2, step {min(8, step + 1)}, at a learning rate of 0.001"  # of the next loss
+    assert place in one_line(failed)
+    best = model.load(tmp_path / "alexnet.pth")
+    assert best["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in best["state_dict"].values())
+    assert not (tmp_path / "alexnet.last.pth").exists()
 
 
-def test_a_loss_that_is_not_finite_in_the_first_epoch_promises_no_checkpoint(flags, tmp_path):
-    failed = run("train", *flags, folder=tmp_path, before=partial(poison_after_step, 2), status=1)
+def test_a_loss_that_is_not_finite_in_the_first_epoch_saves_nothing(flags, tmp_path):
+    failed = run("train", *flags, folder=tmp_path, before=partial(poison, 2), status=1)
     assert "epoch 1, step 3" in one_line(failed)
-    assert "kept" not in failed.stderr
     assert not contents(tmp_path)
 
 
-def test_weights_that_break_in_the_last_step_are_not_called_a_result(one_epoch):
-    kept, before = contents(one_epoch), partial(poison_after_step, 8)
-    failed = run("train", "--resume", "--epochs", 2, folder=one_epoch, before=before, status=1)
-    assert "not finite" in one_line(failed)
-    assert contents(one_epoch) == kept
+def test_too_little_memory_is_one_line_and_keeps_the_best_weights(flags, tmp_path):
+    before = partial(after_step, 10, run_out_of_memory)
+    failed = run("train", *flags, "--epochs", 3, folder=tmp_path, before=before, status=1)
+    assert "out of memory; try half the --batch-size" in one_line(failed)
+    assert model.load(tmp_path / "alexnet.pth")["epoch"] == 1
 
 
-def test_too_little_memory_names_the_batch_size(flags, tmp_path):
-    before = partial(after_step, 2, run_out_of_memory)
-    assert "--batch-size" in one_line(run("train", *flags, folder=tmp_path, before=before, status=1))
+# ------------------------------------------------------------------------------- decoding, once
 
 
-def test_compile_without_a_compiler_says_to_leave_it_out(flags, tmp_path):
-    before = partial(without_compiler, str(tmp_path))
-    failed = run("train", *flags, "--compile", folder=tmp_path, before=before, status=1)
-    assert failed.stderr.endswith("; leave it out\n")
-    assert "Traceback" not in failed.stderr
+def assert_decoded(cache: Path, reference: Path) -> None:
+    """Check that `cache` holds the images decoded once, as the session's cache does."""
+    (pixels,), (about,) = cache.glob("*.uint8"), cache.glob("*.json")
+    assert len([*cache.iterdir()]) == 2
+    assert filecmp.cmp(pixels, reference / pixels.name, shallow=False)
+    assert about.read_bytes() == (reference / about.name).read_bytes()
 
 
-@thorough
-def test_a_compiled_run_can_be_tested(flags, tmp_path):
-    run("train", *flags, "--compile", "--epochs", 1, folder=tmp_path)
-    run("test", folder=tmp_path)
-
-
-# ------------------------------------------------------------------------------------ decoding, once
-
-
-def decoded(folder: Path) -> Path:
-    """Return the one file in a cache."""
-    (file,) = folder.iterdir()
-    assert file.suffix == ".uint8"
-    return file
-
-
-def assert_equal_in(file: Path, cache: Path) -> None:
-    """Check a decoded file against that of the session's cache, which has the same name."""
-    assert filecmp.cmp(file, cache / file.name, shallow=False)
-
-
-def test_two_processes_may_fill_one_cache_at_once(flags, trained, cache, tmp_path):
-    folders, argv = [tmp_path / "1", tmp_path / "2"], [*flags, "--epochs", 1, "--cache", tmp_path / "cache"]
-    for folder in folders:
-        folder.mkdir()
-    slow = partial(at_picture, 0, send, 0, pause=0.005)
-    commands = [Command("train", *argv, folder=folder, before=slow) for folder in folders]
-    assert [command.wait() for command in commands] == [0, 0], [command.stderr for command in commands]
-    assert same(*map(outcome, folders))
-    assert_equal_in(decoded(tmp_path / "cache"), cache)
-
-
-def test_a_process_may_be_interrupted_while_another_fills_the_same_cache(flags, trained, cache, tmp_path):
-    argv = [*flags, "--epochs", 1, "--cache", tmp_path / "cache"]
-    slow = partial(at_picture, 0, send, 0, pause=0.02)
-    other = Command("train", *argv, folder=tmp_path, before=slow)
-    other.wait_for(lambda: list((tmp_path / "cache").glob("*.tmp")))
-    run("train", *argv, folder=tmp_path, before=partial(at_picture, 5, send, signal.SIGINT), status=130)
-    assert other.wait() == 0, other.stderr
-    assert_equal_in(decoded(tmp_path / "cache"), cache)
-
-
-def test_a_killed_decoding_leaves_no_wrong_pictures(flags, trained, cache, tmp_path):
+def test_two_processes_may_fill_one_cache_and_one_of_them_be_interrupted(
+    flags, trained, cache, tmp_path
+):
     argv, fresh = [*flags, "--epochs", 1, "--cache", tmp_path / "cache"], tmp_path / "cache"
-    run("train", *argv, folder=tmp_path, before=partial(at_picture, 70, send, signal.SIGKILL), status=137)
-    assert not list(fresh.glob("*.uint8"))
+    slow = partial(at_image, 0, send, 0, pause=0.02)
+    others = [Command("train", *argv, "--name", n, folder=tmp_path, before=slow) for n in "ab"]
+    others[0].wait_for(lambda: list(fresh.glob("*.tmp")))
+    run("train", *argv, folder=tmp_path, before=partial(at_image, 5, send, 2), status=130)
+    assert [other.wait() for other in others] == [0, 0], [other.stderr for other in others]
+    assert_decoded(fresh, cache)
+    best = [model.load(tmp_path / f"{name}.pth")["state_dict"] for name in "ab"]
+    assert same(*best)
+
+
+def test_a_killed_decoding_leaves_no_wrong_images(flags, trained, cache, tmp_path):
+    argv, fresh = [*flags, "--epochs", 1, "--cache", tmp_path / "cache"], tmp_path / "cache"
+    run("train", *argv, folder=tmp_path, before=partial(at_image, 70, send, 9), status=137)
+    assert not list(fresh.glob("*.json"))
     run("train", *argv, folder=tmp_path)
-    assert_equal_in(decoded(fresh), cache)
+    (pixels,) = fresh.glob("*.uint8")
+    assert filecmp.cmp(pixels, cache / pixels.name, shallow=False)

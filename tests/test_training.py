@@ -1,13 +1,16 @@
-"""What a run trains, prints, logs and saves."""
+"""What a run computes, prints, logs and saves."""
 
 import csv
+import json
 import re
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
-import commands
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import after_step, run, score_as, send
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
@@ -15,47 +18,61 @@ import data
 import model
 import train
 
-
-def events(folder):
-    accumulator = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
-    return accumulator.Reload()
+NAMES = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
 
 
-def logged(folder) -> dict:
-    """All that the event files of a run hold, but for times: tag -> [(step, value), ...]."""
+def events(folder: Path) -> EventAccumulator:
+    everything = {"images": 0, "scalars": 0, "tensors": 0}
+    return EventAccumulator(str(folder), size_guidance=everything).Reload()
+
+
+def logged(folder: Path) -> dict:
+    """Return all that the event files of a run hold, except times: tag -> [(step, value), ...]."""
     found = {}
     for name in ("train", "valid"):
         source = events(folder / name)
         for tag in source.Tags()["scalars"]:
-            if tag != "images_per_second":
-                found[name, tag] = [(e.step, e.value) for e in source.Scalars(tag)]
+            found[name, tag] = [(e.step, e.value) for e in source.Scalars(tag)]
         for tag in source.Tags()["images"]:
             found[name, tag] = [(e.step, e.encoded_image_string) for e in source.Images(tag)]
         for tag in source.Tags()["tensors"]:
             found[name, tag] = [e.step for e in source.Tensors(tag)]
+    del found["train", "images_per_second"]
     return found
 
 
-def history(folder) -> list[dict]:
+def history(folder: Path) -> list[dict]:
     with open(folder / "history.csv") as file:
         return list(csv.DictReader(file))
 
 
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def equal(first: dict, second: dict) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first | second)
+
+
 @pytest.fixture
-def run(photos, cache, tmp_path, monkeypatch):
-    """A function that returns a `Run` with narrow layers, given flags."""
+def make(flags, monkeypatch):
+    """A function that returns the trainer of those flags, with narrow layers, in fp32."""
     monkeypatch.setattr(model, "HIDDEN", 16)
 
-    def make(*flags):
-        args, _ = train.parse([*f"--data {photos} --cache {cache} --stride 4 --train-size 64".split(), *flags])
-        store = data.ImageStore(args.data, args.cache)
-        compute = train.Compute(torch.device("cpu"), torch.float32, 0, 1, 0)
-        return train.Run(args, store, data.split(store.paths, args.seed), compute)
+    def make(*more) -> train.Trainer:
+        args, _ = train.parse([*flags, *map(str, more)])
+        return train.build_trainer(args, None, train.Compute(torch.device("cpu"), torch.float32))[0]
 
     return make
 
 
-# ------------------------------------------------------------------------------- cases worked by hand
+def batch(trainer: train.Trainer, images: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the inputs and labels of the first images of the epoch."""
+    rows, uniforms = trainer.epoch_plan()
+    return trainer.inputs(rows[:images], {name: u[:images] for name, u in uniforms.items()})
+
+
+# -------------------------------------------------------------------------- cases worked by hand
 
 
 def test_schedule_rises_evenly_then_falls_as_half_a_cosine():
@@ -67,242 +84,338 @@ def test_schedule_rises_evenly_then_falls_as_half_a_cosine():
 
 
 def test_train_size_grows_over_the_first_80_percent_of_the_epochs():
-    args = SimpleNamespace(train_size="128-224", epochs=10)
-    sizes = [train.train_size(args, epoch) for epoch in range(10)]
-    assert (sizes[0], sizes[7:]) == (128, [224, 224, 224])
-    assert sizes == sorted(sizes)
-    args.train_size = "96"
-    assert {train.train_size(args, epoch) for epoch in range(10)} == {96}
+    sizes = [train.train_size((128, 224), 10, epoch) for epoch in range(10)]
+    assert sizes == [128, 128, 144, 160, 176, 192, 208, 224, 224, 224]
+    assert {train.train_size((96, 96), 10, epoch) for epoch in range(10)} == {96}
+    assert train.train_size((64, 128), 1, 0) == 64
 
 
-def test_averaged_weights_follow_the_recurrence(run):
-    trained = run("--ema", "0.75")
-    weight = trained.network.classifier[-1].bias
-    expected = None
-    rows, uniforms = trained.epoch_plan()
-    for step in range(3):
-        trained.train_step(*trained.inputs(rows[step : step + 8], uniforms), 8)
-        now = weight.detach().clone()
-        expected = now if expected is None else 0.75 * expected + 0.25 * now
-    torch.testing.assert_close(trained.evaluated.classifier[-1].bias.detach(), expected)
-    assert not torch.equal(expected, now)
+@pytest.mark.parametrize(
+    ("augment", "size", "expected"),
+    [("none", "224", 224), ("flip", "80-128", 128), ("crop", "80-128", 144), ("crop", "224", 224)],
+)
+def test_test_size_makes_up_for_crops(augment, size, expected):
+    args, _ = train.parse(["--augment", augment, "--train-size", size])
+    assert args.test_size == expected
 
 
-def test_initial_weights_are_those_that_the_flag_names(run):
-    first = {name: run("--init", name).network.features[0] for name in ("default", "he", "whiten")}
+def test_averaged_weights_follow_the_recurrence_with_its_warm_up(make):
+    trainer = make("--ema", 0.2)
+    expected = trainer.network.classifier[-1].bias.detach().clone()
+    for decay in (1 / 10, 2 / 11, 0.2, 0.2):  # (1 + t) / (10 + t), at most 0.2
+        trainer.train_step(*batch(trainer), 8)
+        expected = decay * expected + (1 - decay) * trainer.network.classifier[-1].bias.detach()
+    torch.testing.assert_close(trainer.averaged.classifier[-1].bias.detach(), expected)
+    assert trainer.evaluated is trainer.averaged
+    assert train.ema_decay(0.998, 10**6) == 0.998
+
+
+def test_initial_weights_are_those_that_the_flag_names(make):
+    first = {name: make("--init", name).network.features[0] for name in train.INITS}
     assert first["default"].weight.std() < first["he"].weight.std()
     assert first["default"].bias.any()
-    trained = run("--init", "whiten", "--weight-decay", "0.5")
-    rows, uniforms = trained.epoch_plan()
-    inputs, _ = trained.inputs(rows, uniforms)
+    again = make("--init", "whiten", "--weight-decay", 0.5)
+    assert torch.equal(again.network.features[0].weight, first["whiten"].weight)
+    inputs, _ = batch(again, 64)
     outputs = first["whiten"](inputs).movedim(1, -1).flatten(0, -2)[:, :8]
     torch.testing.assert_close(outputs.T.cov(), torch.eye(8), rtol=0, atol=0.3)
-    assert torch.equal(trained.network.features[0].weight, first["whiten"].weight)  # the seed decides
 
 
-def test_label_smoothing_mixes_the_target_with_all_classes(run):
-    trained = run("--label-smoothing", "0.2", "--dropout", "0")
-    rows, uniforms = trained.epoch_plan()
-    inputs, labels = trained.inputs(rows[:8], uniforms[:8])
+def test_label_smoothing_and_logit_adjustment_change_the_gradient_not_the_shown_loss(make):
+    trainer = make("--label-smoothing", 0.2, "--logit-adjustment", 2, "--dropout", 0)
+    inputs, labels = batch(trainer)
     with torch.no_grad():
-        log_p = F.log_softmax(trained.network(inputs), 1)
+        logits = trainer.network(inputs)
+    store = trainer.store
+    prior = torch.bincount(store.labels[trainer.rows], minlength=10) / len(trainer.rows)
     target = 0.8 * F.one_hot(labels, 10) + 0.2 / 10
-    trained.train_step(inputs, labels, 8)
-    gradient = (log_p.exp() - target).mean(0)  # of the mean loss, by the last layer's bias
-    torch.testing.assert_close(trained.network.classifier[-1].bias.grad, gradient, rtol=1e-3, atol=1e-5)
-    # shown is the loss without smoothing, so that it can be compared with that of validation
-    assert trained.sums[0].item() == pytest.approx(F.nll_loss(log_p, labels, reduction="sum").item(), rel=1e-4)
+    expected = ((logits + 2 * prior.log()).softmax(1) - target).mean(0)  # of the last bias
+    trainer.train_step(inputs, labels, 8)
+    gradient = trainer.network.classifier[-1].bias.grad
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+    hits = (logits.argmax(1) == labels).sum()
+    shown = torch.stack([F.cross_entropy(logits, labels, reduction="sum"), hits, torch.tensor(8)])
+    torch.testing.assert_close(trainer.sums, shown)
 
 
-def test_weight_decay_is_decoupled(run):
-    trained = run("--weight-decay", "0.5", "--lr", "0.1")
-    parameter = trained.network.features[0].bias
+def test_weight_decay_is_decoupled(make):
+    trainer = make("--weight-decay", 0.5)
+    parameter = trainer.network.features[0].bias
     before = parameter.detach().clone()
-    for each in trained.network.parameters():
+    for each in trainer.network.parameters():
         each.grad = torch.zeros_like(each)
-    trained.optimizer.param_groups[0]["lr"] = 0.1
-    trained.optimizer.step()
+    trainer.optimizer.param_groups[0]["lr"] = 0.1
+    trainer.optimizer.step()
     torch.testing.assert_close(parameter.detach(), before * (1 - 0.1 * 0.5))
 
 
-def test_moments_are_laid_out_as_the_parameters_wherever_they_were_saved(run, tmp_path):
-    first, second = (run("--ckpt", str(tmp_path / "net.pth"), "--dropout", "0", "--lr", "0.01") for _ in range(2))
-    rows, uniforms = first.epoch_plan()
-    batch = first.inputs(rows[:8], uniforms[:8])
-    first.train_step(*batch, 8)
-    first.save_last()
-    checkpoint = model.load(tmp_path / "net.last.pth")
-    for moments in checkpoint["optimizer"]["state"].values():
-        moments |= {name: tensor.contiguous() for name, tensor in moments.items()}  # as MPS has them
-    second.restore(checkpoint)
-    for trained in (first, second):
-        trained.train_step(*batch, 8)
-    weights = [torch.cat([p.detach().flatten() for p in each.network.parameters()]) for each in (first, second)]
-    assert torch.equal(*weights)
+def test_moments_get_the_layout_of_the_parameters_wherever_they_were_saved(make):
+    first, second = (make("--dropout", 0, "--lr", 0.01) for _ in range(2))
+    first.train_step(*batch(first), 8)
+    state = first.state_dict()
+    for moments in state["optimizer"]["state"].values():
+        moments |= {name: tensor.contiguous() for name, tensor in moments.items()}  # as MPS has it
+    second.load_state_dict(state)
+    for trainer in (first, second):
+        trainer.train_step(*batch(trainer), 8)
+    assert equal(first.network.state_dict(), second.network.state_dict())
 
 
-def test_an_epoch_visits_every_training_image_once_in_an_order_of_its_own(run):
-    trained = run()
-    first, _ = trained.epoch_plan()
-    trained.epoch = 1
-    second, _ = trained.epoch_plan()
-    assert sorted(first.tolist()) == sorted(second.tolist()) == sorted(trained.rows["train"].tolist())
-    assert first.tolist() != second.tolist()
+def test_an_epoch_visits_each_image_as_often_as_repeats_says_in_an_order_of_its_own(make):
+    trainer = make("--repeats", 2, "--augment", "flip,crop")
+    rows, uniforms = trainer.epoch_plan()
+    assert torch.equal(rows[::2], rows[1::2])  # in one batch
+    assert sorted(rows[::2].tolist()) == sorted(trainer.rows.tolist())
+    assert not torch.equal(uniforms["crop"][::2], uniforms["crop"][1::2])
+    table = data.draw_uniforms(["crop"], 128, 0, 0)["crop"].view(64, 2, -1)
+    by_row = dict(zip(trainer.rows.tolist(), table, strict=True))  # not by its place in the epoch
+    found = uniforms["crop"].view(64, 2, -1)
+    assert all(
+        torch.equal(by_row[row], u) for row, u in zip(rows[::2].tolist(), found, strict=True)
+    )
+    trainer.epoch = 1
+    assert not torch.equal(trainer.epoch_plan()[0], rows)
 
 
-def test_random_numbers_belong_to_the_image_not_to_its_place(run):
-    trained = run()
-    rows, uniforms = trained.epoch_plan()
-    table = torch.rand(64, data.UNIFORMS, generator=data.generator("augmentation", 0, 0))
-    by_row = dict(zip(trained.rows["train"].tolist(), table, strict=True))
-    assert all(torch.equal(by_row[row], u) for row, u in zip(rows.tolist(), uniforms, strict=True))
-
-
-def test_evaluation_gives_each_row_its_own_logits(run, monkeypatch):
-    trained = run()
-    rows = trained.rows["train"]
-    whole = train.evaluate(trained.network, trained.store, rows, 64, trained.compute)
+def test_evaluation_gives_each_row_its_own_logits(make, monkeypatch):
+    trainer = make()
+    arguments = (trainer.network, trainer.store, trainer.rows, 64, trainer.compute)
+    whole = train.evaluate(*arguments)
     monkeypatch.setattr(train, "EVAL_BATCH", 7)
-    torch.testing.assert_close(train.evaluate(trained.network, trained.store, rows, 64, trained.compute), whole)
-    mirrored = train.evaluate(trained.network, trained.store, rows, 64, trained.compute, flip=True)
-    assert not torch.allclose(mirrored, whole)
+    torch.testing.assert_close(train.evaluate(*arguments), whole)
+    assert not torch.allclose(train.evaluate(*arguments, flip=True), whole)
 
 
-# ------------------------------------------------------------------------------------ the command line
+def test_saving_takes_at_most_5_percent_of_the_time(make, monkeypatch, tmp_path):
+    clock, saves = [0.0], []
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+
+    def save_slowly(checkpoint, path):
+        saves.append(Path(path).name)
+        clock[0] += 8 if Path(path).stem == "net" else 30
+
+    monkeypatch.setattr(train, "save", save_slowly)
+    checkpoints = train.Checkpoints(make("--ckpt", tmp_path / "net.pth"), {}, [], None)
+    estimate = checkpoints.seconds
+    assert estimate == pytest.approx(
+        4 * sum(p.nbytes for p in checkpoints.trainer.network.parameters()) / 1e8
+    )
+    for epoch in range(1, 301):
+        clock[0] += 10
+        checkpoints.keep_best({"epoch": epoch, "valid_accuracy": 60 - abs(200 - epoch) / 10})
+        checkpoints.save_if_due()
+    spent = clock[0] - 3000
+    assert 0.03 < spent / clock[0] < 0.05
+    assert saves[:2] == ["net.pth", "net.last.pth"]  # in this order
+    assert checkpoints.best["epoch"] == 200
+    count = len(saves)
+    checkpoints.save()
+    assert saves[count:] == ["net.last.pth"]  # the best was on disk already
 
 
-def test_checkpoint_is_plain_and_holds_what_testing_needs(trained):
-    checkpoint = torch.load(trained / "alexnet.pth", weights_only=True)
-    assert checkpoint.keys() == {
-        *("state_dict", "classes", "stride", "seed", "epoch", "valid_accuracy", "args", "versions", "run", "split"),
-        "fingerprint",
-    }
-    assert checkpoint["classes"] == sorted(data.SHAPES)
-    assert {tensor.dtype for tensor in checkpoint["state_dict"].values()} == {torch.float32}
-    assert {name: len(paths) for name, paths in checkpoint["split"].items()} == {"train": 64, "valid": 8, "test": 8}
-    assert checkpoint["run"] == str(trained / "runs" / "run")
-    best = max(history(trained / "runs" / "run"), key=lambda row: float(row["valid_accuracy"]))
-    assert (checkpoint["epoch"], checkpoint["valid_accuracy"]) == (int(best["epoch"]), float(best["valid_accuracy"]))
+# ------------------------------------------------------------------------------- the command line
 
 
-def test_the_best_weights_are_saved_not_the_last(flags, tmp_path):
-    commands.run("train", *flags, "--epochs", 3, folder=tmp_path, before=worsen)
-    checkpoint = torch.load(tmp_path / "alexnet.pth", weights_only=True)
-    last = torch.load(tmp_path / "alexnet.last.pth", weights_only=True)
-    assert (checkpoint["epoch"], last["epoch"]) == (1, 3)
-    assert not torch.equal(checkpoint["state_dict"]["features.0.bias"], last["state_dict"]["features.0.bias"])
+def test_checkpoints_are_plain_and_hold_what_testing_and_resuming_need(trained):
+    best, last = (torch.load(trained / f"alexnet{n}.pth", weights_only=True) for n in ("", ".last"))
+    about = (
+        "classes stride seed size mean std args versions run command split fingerprint checksums"
+    )
+    assert best.keys() == {*about.split(), "epoch", "valid_accuracy", "state_dict"}
+    state = "averaged optimizer scaler step sums seconds history job"
+    assert last.keys() == best.keys() | set(state.split())
+    assert best["classes"] == sorted(data.SHAPES)
+    assert (best["size"], best["mean"], best["std"]) == (96, data.MEAN, data.STD)
+    assert best["command"].startswith("python train.py --data ")
+    assert {tensor.dtype for tensor in best["state_dict"].values()} == {torch.float32}
+    sizes = {name: len(paths) for name, paths in best["split"].items()}
+    assert sizes == {"train": 64, "valid": 8, "test": 8}
+    assert set().union(*best["split"].values()) == best["checksums"].keys()
+    assert best["run"] == str(trained / "runs" / "run")
+    top = max(history(trained / "runs" / "run"), key=lambda row: float(row["valid_accuracy"]))
+    assert best["epoch"] == int(top["epoch"])
+    assert best["valid_accuracy"] == last["valid_accuracy"] == float(top["valid_accuracy"])
 
 
-def worsen():
-    accuracies = iter([50.0, 40.0, 50.0])
-    train.score = lambda logits, labels: (1.0, next(accuracies))
+def test_the_first_of_the_best_epochs_is_saved_and_logged_also_over_breaks(flags, tmp_path):
+    argv, folder = ["--epochs", 2, "--name", "net"], tmp_path / "runs" / "net"
+
+    def check(*best):
+        checkpoint = model.load(tmp_path / "net.pth")
+        assert (checkpoint["epoch"], checkpoint["valid_accuracy"]) == best
+        for tag, value in (("accuracy", best[1]), ("loss", 1.0)):
+            last = events(folder / "valid").Scalars(f"best_{tag}")[-1]  # what HPARAMS shows
+            assert (last.step, last.value) == (best[0], value)
+        summary = json.loads((folder / "summary.json").read_text())
+        assert (summary["best_epoch"], summary["best_accuracy"]) == best
+
+    run("train", *flags, *argv, folder=tmp_path, before=partial(score_as, [40.0, 50.0]))
+    check(2, 50.0)
+    for end, accuracies in ((4, [50.0, 45.0]), (6, [60.0, 60.0])):
+        again = ["--name", "net", "--resume", "--epochs", end]
+        before = partial(stop_and_score, 11, accuracies)
+        run("train", *again, folder=tmp_path, before=before, status=143)
+        run("train", *again, folder=tmp_path, before=partial(score_as, accuracies[1:]))
+        check(*((2, 50.0) if end == 4 else (5, 60.0)))
+    assert not equal(weights(tmp_path / "net.pth"), weights(tmp_path / "net.last.pth"))
 
 
-def test_printed_lines_history_and_events_agree_to_the_printed_digit(flags, tmp_path):
-    output = commands.run("train", *flags, "--epochs", 2, "--name", "run", folder=tmp_path).stdout
-    rows, folder = history(tmp_path / "runs" / "run"), tmp_path / "runs" / "run"
-    columns = "epoch,learning_rate,train_loss,train_accuracy,valid_loss,valid_accuracy,images_per_second,seconds"
-    assert list(rows[0]) == columns.split(",")
-    lines = re.findall(r"epoch \d/\d .*", output)
+def stop_and_score(step: int, accuracies: list[float]) -> None:
+    after_step(step, send, 15)
+    score_as(accuracies)
+
+
+def test_printed_lines_history_and_events_agree_to_the_printed_digit(trained):
+    output, folder = next(trained.glob("stdout.*")).read_text(), trained / "runs" / "run"
+    rows, lines = history(folder), re.findall(r"epoch \d/\d .*", output)
+    columns = ["epoch", "learning_rate", *NAMES, "images_per_second", "seconds"]
+    assert list(rows[0]) == columns
     for row, line in zip(rows, lines, strict=True):
-        for name in ("train", "valid"):
-            for tag, digits in (("loss", 4), ("accuracy", 2)):
-                value = f"{float(row[f'{name}_{tag}']):.{digits}f}"
-                (event,) = [e for e in events(folder / name).Scalars(tag) if e.step == int(row["epoch"])]
-                assert value == f"{event.value:.{digits}f}"
-                assert value in line
-        (event,) = [e for e in events(folder / "train").Scalars("images_per_second") if e.step == int(row["epoch"])]
-        assert f"{event.value:.1f}" == f"{float(row['images_per_second']):.1f}"
-        assert f"{event.value:.1f} images/s" in line
-    assert "python test.py --ckpt alexnet.pth" in output
+        figures = {name: (*name.split("_"), 4 if "loss" in name else 2) for name in NAMES}
+        figures["images_per_second"] = ("train", "images_per_second", 1)
+        for name, (part, tag, digits) in figures.items():
+            (event,) = [
+                e for e in events(folder / part).Scalars(tag) if e.step == int(row["epoch"])
+            ]
+            assert f"{float(row[name]):.{digits}f}" == f"{event.value:.{digits}f}"
+            assert f" {event.value:.{digits}f} " in line
+        assert f"rate {float(row['learning_rate']):.3g} " in line
+    best = max(range(3), key=lambda i: float(rows[i]["valid_accuracy"]))
+    assert lines[best].endswith("  best")
+    assert (
+        f"best: epoch {best + 1}, valid accuracy {float(rows[best]['valid_accuracy']):.2f} %"
+        in output
+    )
+    assert "next: python test.py --ckpt alexnet.pth" in output
     assert "tensorboard --logdir runs" in output
 
 
-def test_runs_in_tensorboard_are_train_and_valid_alone_with_shared_tags(flags, tmp_path):
-    commands.run("train", *flags, "--epochs", 3, "--name", "run", folder=tmp_path)
-    found = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "runs")).Reload()
+def test_runs_in_tensorboard_are_train_and_valid_alone_with_shared_tags(trained):
+    found = EventMultiplexer().AddRunsFromDirectory(str(trained / "runs")).Reload()
     assert found.Runs().keys() == {"run/train", "run/valid"}
+    tags = {name: set(found.Runs()[f"run/{name}"]["scalars"]) for name in ("train", "valid")}
+    assert tags["train"] == {"loss", "accuracy", "learning_rate", "images_per_second"}
+    assert tags["valid"] == {"loss", "accuracy", "best_loss", "best_accuracy"}
     for name in ("train", "valid"):
-        tags = found.Runs()[f"run/{name}"]
-        assert {"loss", "accuracy"} <= set(tags["scalars"])
         assert [event.step for event in found.Scalars(f"run/{name}", "loss")] == [1, 2, 3]
     assert found.Runs()["run/train"]["graph"]
-    assert {"first_batch", "filters"} == set(found.Runs()["run/train"]["images"])
-    hparams = found.SummaryMetadata("run/valid", "_hparams_/session_start_info")
-    assert hparams.plugin_data.plugin_name == "hparams"
+    assert set(found.Runs()["run/train"]["images"]) == {"first_batch", "filters"}
+    for tag in ("experiment", "session_start_info"):
+        summary = found.SummaryMetadata("run/valid", f"_hparams_/{tag}")
+        assert summary.plugin_data.plugin_name == "hparams"
+
+
+def test_summary_says_what_the_run_is_and_found(trained):
+    summary = json.loads((trained / "runs" / "run" / "summary.json").read_text())
+    rows, best = history(trained / "runs" / "run"), model.load(trained / "alexnet.pth")
+    assert summary["command"] == best["command"]
+    assert summary["arguments"] == best["args"]
+    assert summary["versions"] == train.VERSIONS
+    assert summary["checkpoint"] == str(trained / "alexnet.pth")
+    assert (summary["epochs"], summary["best_epoch"]) == (3, best["epoch"])
+    assert summary["best_accuracy"] == best["valid_accuracy"]
+    assert summary["seconds"] == pytest.approx(sum(float(row["seconds"]) for row in rows))
 
 
 def test_a_run_resumed_twice_logs_what_an_unbroken_one_does(flags, trained, tmp_path):
-    commands.run("train", *flags, "--epochs", 3, "--name", "run", folder=tmp_path, before=stop_in_step_4, status=143)
-    commands.run("train", "--resume", folder=tmp_path, before=stop_in_step_9, status=143)
-    commands.run("train", "--resume", folder=tmp_path)
+    argv = ["--epochs", 3, "--name", "run"]
+    stop = partial(after_step, 4, send, 15), partial(after_step, 9, send, 15)
+    run("train", *flags, *argv, folder=tmp_path, before=stop[0], status=143)
+    run("train", "--name", "run", "--resume", folder=tmp_path, before=stop[1], status=143)
+    run("train", "--name", "run", "--resume", folder=tmp_path)
     unbroken, broken = logged(trained / "runs" / "run"), logged(tmp_path / "runs" / "run")
     assert unbroken.keys() == broken.keys()
     for tag in unbroken:
         assert unbroken[tag] == broken[tag], tag
 
 
-def stop_in_step(number: int) -> None:
-    import os
-    import signal
+def tick(seconds_a_step: float, seconds_a_save: float) -> None:
+    """Let the clock stand still except in training steps and in saves."""
+    now, step, save = [0.0], train.Trainer.train_step, train.save
 
-    step, left = train.Run.train_step, iter(range(number - 1, -1, -1))
-
-    def train_step(*args):
+    def slow_step(*args):
+        now[0] += seconds_a_step
         step(*args)
-        if next(left, None) == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
 
-    train.Run.train_step = train_step
+    def slow_save(*args):
+        now[0] += seconds_a_save
+        save(*args)
 
-
-def stop_in_step_4():
-    stop_in_step(4)
-
-
-def stop_in_step_9():
-    stop_in_step(9)
+    train.Trainer.train_step, train.save, train.time.perf_counter = slow_step, slow_save, now.copy
+    train.time.perf_counter = lambda: now[0]
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(flags, trained, tmp_path):
-    for seed in (0, 1):
-        commands.run("train", *flags, "--epochs", 3, "--seed", seed, "--ckpt", f"{seed}.pth", folder=tmp_path)
-    same, other = (torch.load(tmp_path / f"{seed}.last.pth", weights_only=True) for seed in (0, 1))
-    first = torch.load(trained / "alexnet.last.pth", weights_only=True)
-    assert all(torch.equal(first["state_dict"][name], same["state_dict"][name]) for name in first["state_dict"])
-    assert first["split"] == same["split"]
-    assert first["split"] != other["split"]
+def test_a_file_gets_a_line_each_minute_and_an_epoch_the_time_of_saving(flags, tmp_path):
+    argv = ["--epochs", 3, "--name", "run"]
+    output = run("train", *flags, *argv, folder=tmp_path, before=partial(tick, 25, 30)).stdout
+    lines = re.findall(r"epoch (\d)/3: (\d+) of 64 images, loss \d\.\d{4}, accuracy", output)
+    assert lines == [(epoch, images) for epoch in "123" for images in ("24", "48")]
+    # the first epoch is longer than 20 of the saves estimated, the others shorter than 20 real ones
+    rows = history(tmp_path / "runs" / "run")
+    assert [float(row["seconds"]) for row in rows] == [200, 260, 200]
+    assert [float(row["images_per_second"]) for row in rows] == pytest.approx([64 / 200] * 3)
+    assert "trained 3 epochs in 11 min" in output
 
 
-def test_a_second_run_of_one_name_gets_a_folder_of_its_own(flags, tmp_path):
-    for _ in range(2):
-        commands.run("train", *flags, "--epochs", 1, "--name", "same", folder=tmp_path)
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["same", "same-2"]
+def test_the_seed_decides_the_run_and_a_second_run_gets_a_folder_of_its_own(
+    flags, trained, tmp_path
+):
+    for seed, ckpt in ((0, "zero.pth"), (1, "one.pth")):
+        argv = ["--epochs", 3, "--seed", seed, "--name", "same", "--ckpt", ckpt]
+        run("train", *flags, *argv, folder=tmp_path)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"same", "same-2"}
+    assert equal(weights(tmp_path / "zero.last.pth"), weights(trained / "alexnet.last.pth"))
+    splits = [model.load(tmp_path / name)["split"] for name in ("zero.pth", "one.pth")]
+    assert splits[0] == model.load(trained / "alexnet.pth")["split"] != splits[1]
 
 
-@pytest.mark.parametrize(
-    ("flags_given", "expected"),
-    [
-        ([], {"lr": 1e-4, "augment": "none", "ema": 0.0, "schedule": "constant", "train_size": "224"}),
-        (["--recipe", "strong"], train.RECIPES["strong"]),
-        (["--recipe", "strong", "--lr", "0.5"], {**train.RECIPES["strong"], "lr": 0.5}),
-    ],
-)
-def test_a_recipe_is_a_set_of_defaults_and_a_given_flag_wins(flags_given, expected):
-    args = vars(train.parse(flags_given)[0])
+# --------------------------------------------------------------------------- recipes and precision
+
+
+@pytest.mark.parametrize("more", [[], ["--lr", "0.5"], ["--epochs", "60"], ["--epochs", "1"]])
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_a_recipe_is_a_set_of_defaults_and_a_given_flag_wins(recipe, more):
+    args, expected = vars(train.parse(["--recipe", recipe, *more])[0]), dict(train.RECIPES[recipe])
+    assert (args["batch_size"], args["seed"]) == (64, 0)
+    expected["lr"] = 0.5 if "--lr" in more else expected["lr"]
+    expected["warmup_epochs"] *= args["epochs"] / 30  # in proportion
+    assert {name: args[name] for name in expected} == pytest.approx(expected)
+
+
+def test_the_reports_experiment_is_the_default():
+    args = vars(train.parse([])[0])
+    expected = dict(epochs=30, lr=1e-4, schedule="constant", augment="none", ema=0, stride=2)
+    expected |= dict(train_size="224", test_size=224, dropout=0.5, weight_decay=0, init="default")
     assert {name: args[name] for name in expected} == expected
-    assert (args["epochs"], args["batch_size"], args["seed"]) == (30, 64, 0)
+
+
+def test_few_epochs_of_the_strong_recipe_learn(cache, tmp_path):
+    """Averaged over all steps, the weights would still be the initial ones, at chance."""
+    data.draw_sample(tmp_path / "photos", 40)
+    flags = f"--data photos --cache {cache} --recipe strong --stride 4 --batch-size 16".split()
+    flags += "--train-size 64 --epochs 6 --lr 1e-3 --name net".split()
+    run("train", *flags, folder=tmp_path)
+    last = {name: float(value) for name, value in history(tmp_path / "runs" / "net")[-1].items()}
+    print(last)
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "choice", "expected"),
+    ("features", "choice", "expected"),
     [
-        ({"avx512_bf16": True}, "auto", torch.bfloat16),
-        ({"amx_bf16": True}, "auto", torch.bfloat16),
-        ({"avx512_f": True}, "auto", torch.float32),
-        ({"avx512_bf16": True}, "fp32", torch.float32),
+        ("avx512_bf16", "auto", torch.bfloat16),
+        ("amx_bf16", "auto", torch.bfloat16),
+        ("avx512_f", "auto", torch.float32),
+        ("avx512_bf16", "fp32", torch.float32),
+        ("avx512_f", "bf16", torch.bfloat16),
+        ("avx512_f", "fp16", torch.float16),
     ],
 )
-def test_precision_follows_the_hardware(capabilities, choice, expected, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+@pytest.mark.parametrize("torch_tells", [True, False])
+def test_precision_follows_the_hardware(features, choice, expected, torch_tells, monkeypatch):
+    able = {"avx512_bf16": False, "amx_bf16": False, features: True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    if not torch_tells:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+        monkeypatch.setattr(Path, "exists", lambda path: True)
+        monkeypatch.setattr(Path, "read_text", lambda path: f"flags\t: fpu {features} sse\n")
     assert train.choose_precision(torch.device("cpu"), choice) == expected
