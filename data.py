@@ -215,21 +215,14 @@ def has_parts(paths: list[str]) -> bool:
     A part shares classes with train. Besides there may be folders without class folders, such as
     images to predict.
     """
-    classes, flat = {}, set()  # of each folder at the top
+    classes = {}  # of each folder at the top; None for images in no class folder
     for path in paths:
         top, *folders, _ = path.split("/")
-        if folders and part_of(top):
-            classes.setdefault(top, set()).add(class_in_part(path))
-        elif folders:
-            return False
-        flat |= set() if folders else {top}
-    train = set().union(*(classes[top] for top in classes if part_of(top) == "train"))
-    trains = {top for top in classes if part_of(top) == "train"}
-    return (
-        len(classes) > 1
-        and not trains & flat
-        and all(names & train - {None} for names in classes.values())
-    )
+        classes.setdefault(top, set()).add(class_in_part(path) if folders else None)
+    parts = {top: names for top, names in classes.items() if names != {None}}
+    train = set().union(*(names for top, names in parts.items() if part_of(top) == "train"))
+    shared = None not in train and all(names & train for names in parts.values())
+    return len(parts) > 1 and shared and all(map(part_of, parts))
 
 
 def find_images(root: Path) -> tuple[list[Found], list[str]]:
@@ -442,7 +435,9 @@ def remove_stale(target: Path) -> None:
             described = file.with_suffix(".json").exists()
             if file.suffix == ".json":
                 changed = file.name.split("-")[0] == target.name.split("-")[0]
-                if changed or not os.path.isdir(json.loads(file.read_bytes())["root"]):
+                if (changed and file.stem != target.name) or not os.path.isdir(
+                    json.loads(file.read_bytes())["root"]
+                ):
                     file.unlink()
                     file.with_suffix(".uint8").unlink()
             elif file.suffix in (".tmp", ".uint8") and not described:
