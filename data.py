@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps, PngImagePlugin
 from torch.utils.data import random_split
 from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -60,6 +60,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in to
 DAY = 86_400  # seconds
 
 Image.MAX_IMAGE_PIXELS = 128_000_000  # Pillow refuses twice as many; here that is 1 GB as RGBA
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**27  # editors write megabytes
 warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata, without the file's name
 
 
@@ -199,30 +200,40 @@ class Found(NamedTuple):
 
 
 def part_of(name: str) -> str | None:
-    """Return train, valid or test if a folder's name, such as `seg_train` or `val2017`, says so."""
-    words = set(re.split(r"[\W_\d]+", name.lower()))
+    """Return train, valid or test if a folder's name, such as `seg_train` or `ValSet`, says so."""
+    words = set(re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
     return next((part for part, names in PARTS.items() if words & names), None)
 
 
 def class_in_part(path: str) -> str | None:
-    """Return the first folder in a path whose name is no part's; None if there is none."""
-    return next((name for name in path.split("/")[:-1] if not part_of(name)), None)
+    """Return the class folder in PART/CLASS/FILE or PART/PART/CLASS/FILE; None without one."""
+    top, *folders, _ = path.split("/")
+    while len(folders) > 1 and part_of(folders[0]) == part_of(top):
+        folders.pop(0)
+    return folders[0] if folders else None
 
 
-def has_parts(paths: list[str]) -> bool:
-    """Tell whether the folders at the top are train and other parts, with class folders in them.
+def find_parts(paths: list[str]) -> dict[str, str]:
+    """Return folder at the top -> train, valid or test; none in a data set that is not split.
 
-    A part shares classes with train. Besides there may be folders without class folders, such as
-    images to predict.
+    A split one has train, with class folders, and another part. A part without any of train's
+    classes, such as images to predict, is left out.
+
+    Raises:
+        DataError: there are parts alone, but train is missing or has no class folders.
     """
-    classes = {}  # of each folder at the top; None for images in no class folder
+    classes = {}  # of each folder at the top
     for path in paths:
-        top, *folders, _ = path.split("/")
-        classes.setdefault(top, set()).add(class_in_part(path) if folders else None)
-    parts = {top: names for top, names in classes.items() if names != {None}}
-    train = set().union(*(names for top, names in parts.items() if part_of(top) == "train"))
-    shared = None not in train and all(names & train for names in parts.values())
-    return len(parts) > 1 and shared and all(map(part_of, parts))
+        classes.setdefault(path.split("/")[0], set()).add(class_in_part(path))
+    parts = {top: part for top in classes if (part := part_of(top))}
+    trained = set().union(*(classes[top] for top in parts if parts[top] == "train")) - {None}
+    if trained and len(set(parts.values())) > 1:
+        return {top: part for top, part in parts.items() if classes[top] & trained}
+    if len(parts) == len(classes) > 1:
+        raise DataError(
+            f"{', '.join(parts)}: without class folders in train, nothing can be learned"
+        )
+    return {}
 
 
 def find_images(root: Path) -> tuple[list[Found], list[str]]:
@@ -233,10 +244,10 @@ def find_images(root: Path) -> tuple[list[Found], list[str]]:
             paths.append(path.relative_to(root).as_posix())
         elif path.name.lower() not in ("thumbs.db", "desktop.ini"):
             others[path.suffix.lower() or "without suffix"] += 1
-    parts, images, outside = has_parts(paths), [], Counter()
+    parts, images, outside = find_parts(paths), [], Counter()
     for path in sorted(paths):
         top = path.split("/")[0]
-        label, part = (class_in_part(path), part_of(top)) if parts else (top, None)
+        label, part = (class_in_part(path), parts.get(top)) if parts else (top, None)
         if label is None or (parts and not part):
             outside[top] += 1
             continue
@@ -250,7 +261,7 @@ def find_images(root: Path) -> tuple[list[Found], list[str]]:
     if empty := [name for name in tops if name not in used]:
         notes.append(f"class folders without images: {shortened(empty)}")
     for top, count in outside.items():
-        notes.append(f"{top}: {count} images in no class folder are passed over")
+        notes.append(f"{top}: {count} images in no class folder of train's are passed over")
     if others:
         kinds = [f"{count} {suffix}" for suffix, count in others.most_common()]
         notes.append(f"files that are not images by their names: {shortened(kinds, 5)}")
@@ -351,11 +362,12 @@ def decode(file: str | Path | io.BytesIO) -> torch.Tensor:
     """
     with Image.open(file) as image:
         image.draft("RGB", (SIZE, SIZE))  # the JPEG decoder may drop detail of a far larger image
-        with contextlib.suppress(Exception):  # damaged EXIF data says nothing
-            image = ImageOps.exif_transpose(image)
+        with contextlib.suppress(Exception):  # it turns the image before it meets damaged data
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits a pixel: convert() cuts instead of scaling
             levels = pil_to_tensor(image.convert("I"))[0]
-            if levels.max() > 65_535 or levels.min() < 0:
+            few = image.mode == "I" and 0 < levels.max() < 256
+            if few or levels.max() > 65_535 or levels.min() < 0:
                 raise ValueError("32-bit integers: which value is white is unknown")
             image = Image.fromarray((levels >> 8).byte().numpy())
         elif image.mode == "F":
@@ -507,7 +519,8 @@ class ImageStore:
             try:
                 description = json.loads(target.with_suffix(".json").read_bytes())
                 complete = file.stat().st_size == math.prod(shape)
-            except (OSError, ValueError):
+                complete = complete and len(description["checksums"]) == len(paths)
+            except (OSError, ValueError, LookupError, TypeError):
                 complete = False
             if not complete:
                 description = build_cache(self.root, paths, target)
@@ -579,7 +592,9 @@ def split(store: ImageStore, seed: int) -> dict[str, list[str]]:
     pool = manifest["train"] if store.parts else store.paths
     shares = [8 if part == "train" else 1 for part in missing]
     shares = [share / sum(shares) for share in shares]
-    drawn = random_split(pool, shares, torch.Generator().manual_seed(seed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an empty part is an error below
+        drawn = random_split(pool, shares, torch.Generator().manual_seed(seed))
     manifest |= {part: list(subset) for part, subset in zip(missing, drawn, strict=True)}
     if not all(manifest.values()):
         raise DataError(f"{len(pool)} images are too few to split 8:1:1; at least 10 are needed")
