@@ -9,6 +9,7 @@ network = build(load("alexnet.pth"))
 
 import contextlib
 import os
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -173,7 +174,9 @@ def load(path: str | Path, verify: bool = True) -> dict:
                 if archive.testzip():
                     raise zipfile.BadZipFile
         mapped = zipped and not verify
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an error says what matters
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         hint = "; train.py writes one" if isinstance(error, FileNotFoundError) else ""
         raise CheckpointError(
@@ -183,7 +186,8 @@ def load(path: str | Path, verify: bool = True) -> dict:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise
         reason = "damaged, or not a PyTorch checkpoint; use a backup or train again"
-        if "Unsupported " in str(error) or "weights_only" in str(error).lower():
+        unsafe = ("Unsupported global", "Unsupported class", "call reduce", "TorchScript")
+        if any(words in str(error) for words in unsafe):
             reason = "refused: it holds objects that could run code; save a state_dict() instead"
         raise CheckpointError(f"{path}: {reason}") from error
     if not isinstance(checkpoint, dict):

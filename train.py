@@ -737,6 +737,8 @@ class Log:
 
     def __init__(self, folder: Path, purge: int | None):
         self.folder = folder
+        for leftover in folder.glob("*.tmp"):  # of a process that was killed
+            leftover.unlink()
         self.train = SummaryWriter(folder / "train", purge_step=purge)
         self.valid = SummaryWriter(folder / "valid", purge_step=purge)
 
@@ -974,12 +976,9 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
 def open_outputs(trainer: Trainer, manifest: dict, checkpoint: dict | None):
     """Return the run's checkpoints and, in process 0, its log; print what is trained on what."""
     args, store, compute = trainer.args, trainer.store, trainer.compute
-    history, best, folder, log = [], None, Path(args.logdir), None
+    history, best, log = [], None, None
     if checkpoint:
         history, best = checkpoint["history"], saved_best(args.ckpt, checkpoint)
-    if compute.rank == 0:
-        name = Path(checkpoint["run"]).name if checkpoint else args.name
-        folder = run_folder(args.logdir, name, resumed=bool(checkpoint))
     about = {
         "classes": store.classes,
         "stride": args.stride,
@@ -989,7 +988,6 @@ def open_outputs(trainer: Trainer, manifest: dict, checkpoint: dict | None):
         "std": data.STD,
         "args": vars(args),
         "versions": VERSIONS,
-        "run": str(folder),
         "command": shlex.join(["python", *sys.argv]),
         "split": manifest,
         "fingerprint": store.fingerprint,
@@ -998,11 +996,14 @@ def open_outputs(trainer: Trainer, manifest: dict, checkpoint: dict | None):
     checkpoints = Checkpoints(trainer, about, history, best)
     checkpoints.earlier = not checkpoint and last_path(args.ckpt).exists()
     if compute.rank == 0:
+        name = Path(checkpoint["run"]).name if checkpoint else args.name
+        folder = run_folder(args.logdir, name, resumed=bool(checkpoint))
+        about["run"] = str(folder)
         started = bool(trainer.epoch or trainer.step)
         log = Log(folder, purge=trainer.epoch + 1 if started else None)
         if not started:
             log.start(trainer, about)
-    print_opening(trainer, checkpoints, resumed=bool(checkpoint))
+        print_opening(trainer, checkpoints, resumed=bool(checkpoint))
     return checkpoints, log
 
 

@@ -18,6 +18,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a network gains nothing from more
 thorough = pytest.mark.skipif("THOROUGH" not in os.environ, reason="takes long; set THOROUGH=1")
 ROOT = Path(__file__).resolve().parent.parent
+# the fork server takes its path from here, so that tests run from any folder
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["train", "test", "commands"])
 
@@ -94,7 +96,7 @@ def shell(*argv, folder: Path, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *map(str, argv)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=300,

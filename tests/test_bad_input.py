@@ -111,9 +111,13 @@ def test_a_bad_argument_is_refused(flags, photos, tmp_path, argument, status, wo
         ("--logdir l\udcff", "--logdir"),
     ],
 )
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(trained, tmp_path, argument, words):
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    trained, tmp_path, argument, words
+):
     (tmp_path / "folder").mkdir()
-    refused = refuse("test", "--ckpt", trained / "alexnet.pth", *argument.split(), folder=tmp_path, status=2)
+    refused = refuse(
+        "test", "--ckpt", trained / "alexnet.pth", *argument.split(), folder=tmp_path, status=2
+    )
     assert words in refused
 
 
@@ -125,7 +129,11 @@ def test_a_device_that_is_not_there_is_refused(flags, trained, tmp_path, program
 
 def test_help_shows_defaults_even_zero_and_those_with_a_percent_sign(tmp_path):
     helped = shell(
-        ROOT / "train.py", "--help", folder=tmp_path, XDG_CACHE_HOME="/100%/cache", LOCALAPPDATA="/100%/cache"
+        ROOT / "train.py",
+        "--help",
+        folder=tmp_path,
+        XDG_CACHE_HOME="/100%/cache",
+        LOCALAPPDATA="/100%/cache",
     )
     assert helped.returncode == 0
     assert "/100%/cache" in helped.stdout
@@ -224,8 +232,13 @@ def test_a_best_checkpoint_is_not_resumed(trained, tmp_path):
 def test_checkpoints_of_different_splits_are_not_compared(trained, tmp_path):
     checkpoint = model.load(trained / "alexnet.pth")
     split = checkpoint["split"]
-    torch.save(checkpoint | {"split": split | {"test": split["valid"], "valid": split["test"]}}, tmp_path / "other.pth")
-    error = refuse("test", "--ckpt", trained / "alexnet.pth", "--versus", "other.pth", folder=tmp_path)
+    torch.save(
+        checkpoint | {"split": split | {"test": split["valid"], "valid": split["test"]}},
+        tmp_path / "other.pth",
+    )
+    error = refuse(
+        "test", "--ckpt", trained / "alexnet.pth", "--versus", "other.pth", folder=tmp_path
+    )
     assert "other.pth" in error
     assert "split" in error
 
@@ -233,7 +246,9 @@ def test_checkpoints_of_different_splits_are_not_compared(trained, tmp_path):
 def test_checkpoints_of_different_classes_are_not_compared(trained, tmp_path):
     checkpoint = model.load(trained / "alexnet.pth")
     torch.save(checkpoint | {"classes": checkpoint["classes"][::-1]}, tmp_path / "other.pth")
-    error = refuse("test", "--ckpt", trained / "alexnet.pth", "--versus", "other.pth", folder=tmp_path)
+    error = refuse(
+        "test", "--ckpt", trained / "alexnet.pth", "--versus", "other.pth", folder=tmp_path
+    )
     assert "other.pth" in error
     assert "classes" in error
 
@@ -246,7 +261,10 @@ def test_only_a_file_that_is_asked_for_needs_a_folder_to_write_in(monkeypatch):
 
 
 def test_a_tested_image_that_is_gone_is_named(trained, photos, tmp_path):
-    moved, gone = shutil.copytree(photos, tmp_path / "moved"), model.load(trained / "alexnet.pth")["split"]["test"][0]
+    moved, gone = (
+        shutil.copytree(photos, tmp_path / "moved"),
+        model.load(trained / "alexnet.pth")["split"]["test"][0],
+    )
     (moved / "101_ObjectCategories" / gone).unlink()
     argv = ["--ckpt", trained / "alexnet.pth", "--data", moved, "--cache"]
     (tmp_path / "here").mkdir()
@@ -278,10 +296,20 @@ def bomb() -> bytes:
     """Return a PNG of 100 000 x 100 000 pixels in some hundred bytes."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.fixture
@@ -382,7 +410,9 @@ def used(folder: Path) -> set[str]:
     return {name for part in model.load(folder / "alexnet.pth")["split"].values() for name in part}
 
 
-@pytest.mark.parametrize("name", ["with space", "Ünï 图片", "new\nline", "quote'\"", "%s {0}", "-dash", "b\udcff"])
+@pytest.mark.parametrize(
+    "name", ["with space", "Ünï 图片", "new\nline", "quote'\"", "%s {0}", "-dash", "b\udcff"]
+)
 def test_odd_names_are_fine(argv, album, here, name):
     (album / "star").rename(album / name)
     (next((album / name).iterdir())).rename(album / name / f"{name}.jpg")

@@ -19,7 +19,9 @@ import data
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.randint(0, 256, (6, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (6, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,11 @@ def uniforms():
 def test_split_is_8_1_1_and_depends_on_paths_and_seed_alone():
     paths = [f"class/{index}.jpg" for index in range(8677)]
     manifest = data.split(paths, seed=0)
-    assert {name: len(part) for name, part in manifest.items()} == {"train": 6942, "valid": 868, "test": 867}
+    assert {name: len(part) for name, part in manifest.items()} == {
+        "train": 6942,
+        "valid": 868,
+        "test": 867,
+    }
     assert sorted(path for part in manifest.values() for path in part) == sorted(paths)
     assert manifest == data.split(list(paths), seed=0)
     assert manifest != data.split(paths, seed=1)
@@ -42,7 +48,11 @@ def test_a_copy_or_another_order_of_listing_changes_no_split(photos, cache, tmp_
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: Reversed(scandir(path)))
     second = data.ImageStore(str(copy), tmp_path / "cache")
-    assert (first.paths, first.classes, first.fingerprint) == (second.paths, second.classes, second.fingerprint)
+    assert (first.paths, first.classes, first.fingerprint) == (
+        second.paths,
+        second.classes,
+        second.fingerprint,
+    )
     assert torch.equal(first.pixels, second.pixels)
 
 
@@ -84,7 +94,9 @@ def test_background_and_files_that_are_no_images_are_left_out(photos, tmp_path, 
     (root / "star" / "tmp").write_text("no image")
     store = data.ImageStore(str(root), tmp_path / "cache")
     assert (len(store.classes), len(store.paths)) == (10, 80)
-    assert [store.classes[label] for label in store.labels] == [path.split("/")[0] for path in store.paths]
+    assert [store.classes[label] for label in store.labels] == [
+        path.split("/")[0] for path in store.paths
+    ]
 
 
 def test_store_holds_what_decode_returns_and_greyscale_becomes_rgb(photos, cache, tmp_path):
@@ -129,7 +141,9 @@ def test_sample_is_the_same_everywhere_and_ordinary_class_folders(tmp_path):
     files = [sorted(path.relative_to(root) for path in root.rglob("*.jpg")) for root in roots]
     assert len(files[0]) == 20
     assert files[0] == files[1]
-    assert all((roots[0] / file).read_bytes() == (roots[1] / file).read_bytes() for file in files[0])
+    assert all(
+        (roots[0] / file).read_bytes() == (roots[1] / file).read_bytes() for file in files[0]
+    )
 
 
 # ------------------------------------------------------------------------------------------ download
@@ -145,13 +159,23 @@ def server(photos, tmp_path, monkeypatch):
         tar.add(photos / "101_ObjectCategories" / "star", "101_ObjectCategories/BACKGROUND_Google")
     archive = site / "caltech-101.zip"
     with zipfile.ZipFile(archive, "w") as file:
-        file.write(site / "caltech-101" / "101_ObjectCategories.tar.gz", "caltech-101/101_ObjectCategories.tar.gz")
+        file.write(
+            site / "caltech-101" / "101_ObjectCategories.tar.gz",
+            "caltech-101/101_ObjectCategories.tar.gz",
+        )
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=site)
     handler.log_message = None
     http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=http_server.serve_forever, daemon=True).start()
-    fetch, address = caltech.download_and_extract_archive, f"http://127.0.0.1:{http_server.server_port}"
-    served = {"md5": hashlib.md5(archive.read_bytes()).hexdigest(), "archive": archive, "fetched": 0}
+    fetch, address = (
+        caltech.download_and_extract_archive,
+        f"http://127.0.0.1:{http_server.server_port}",
+    )
+    served = {
+        "md5": hashlib.md5(archive.read_bytes()).hexdigest(),
+        "archive": archive,
+        "fetched": 0,
+    }
 
     def redirected(url, download_root, filename, md5):
         assert (filename, md5) == ("caltech-101.zip", "3138e1922a9193bfa496528edbbc45d0")
@@ -262,7 +286,9 @@ def test_trivial_does_one_operation_to_every_other_picture(images):
     for place in (0.5, 0.75, 1 - 1e-7):
         torch.testing.assert_close(changed(place, 1.0), plain, rtol=0, atol=1e-3)
     shifted = changed((names.index("x") + 0.5) / (2 * len(names)), 1.0)
-    torch.testing.assert_close(shifted[..., :-28], plain[..., 28:], rtol=0, atol=1e-3)  # 224 / 2 * 0.25 = 28
+    torch.testing.assert_close(
+        shifted[..., :-28], plain[..., 28:], rtol=0, atol=1e-3
+    )  # 224 / 2 * 0.25 = 28
     darker = data.denormalize(changed((names.index("brightness") + 0.5) / (2 * len(names)), 0.0))
     torch.testing.assert_close(darker, data.denormalize(plain) * 0.4, rtol=0, atol=1e-3)
     square = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
@@ -276,9 +302,16 @@ def test_trivial_does_one_operation_to_every_other_picture(images):
 
 def test_sizes_other_than_the_stored_one_are_resampled(images):
     for augment in ((), ("crop", "flip")):
-        assert data.prepare(images, 96, augment, torch.rand(6, data.UNIFORMS)).shape == (6, 3, 96, 96)
+        assert data.prepare(images, 96, augment, torch.rand(6, data.UNIFORMS)).shape == (
+            6,
+            3,
+            96,
+            96,
+        )
     flat = torch.full((1, 3, 224, 224), 99, dtype=torch.uint8)
-    assert torch.allclose(data.denormalize(data.prepare(flat, 96)) * 255, torch.tensor(99.0), atol=1e-2)
+    assert torch.allclose(
+        data.denormalize(data.prepare(flat, 96)) * 255, torch.tensor(99.0), atol=1e-2
+    )
 
 
 def test_what_is_warped_to_a_smaller_size_is_smoothed_first():

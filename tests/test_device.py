@@ -26,7 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of Fa
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
-RECIPES, AUGMENTED = list(train.RECIPES), ["--recipe", "strong"]
+REPORT = ["--recipe", "report"]
+STRONG = ["--recipe", "strong", "--cutmix", "1", "--repeats", "2"]  # all of it in each step
 
 
 def trainer_on(device: str, *flags, folder, cache, mode=None) -> train.Trainer:
@@ -106,9 +107,9 @@ def pretend(monkeypatch, photos, cache):
 
 
 @pytest.mark.parametrize("resident", [True, False], ids=["resident", "streamed"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [REPORT, STRONG], ids=["report", "strong"])
 def test_everything_is_on_the_device(pretend, recipe, resident):
-    trainer = pretend("--recipe", recipe, resident=resident)
+    trainer = pretend(*recipe, resident=resident)
     store, home = trainer.store, GPU if resident else CPU
     assert {store.pixels.device, store.labels.device} == {home}
     rows, uniforms = trainer.epoch_plan()
@@ -122,7 +123,7 @@ def test_everything_is_on_the_device(pretend, recipe, resident):
     kept += trainer.averaged.parameters() if trainer.averaged else []
     for state in trainer.optimizer.state.values():
         kept += state.values()
-    assert {tensor.device for tensor in [*kept, trainer.sums]} == {GPU}
+    assert {tensor.device for tensor in [*kept, trainer.sums, trainer.log_prior]} == {GPU}
     rows = torch.empty(20, dtype=torch.int64)
     for flip in (False, True):
         logits = train.evaluate(trainer.evaluated, store, rows, 64, trainer.compute, flip)
@@ -167,16 +168,20 @@ def leave_sums(trainer, monkeypatch):
     trainer.sums = torch.zeros(3)
 
 
+def leave_prior(trainer, monkeypatch):
+    trainer.log_prior = torch.zeros(10)
+
+
 def leave_network(trainer, monkeypatch):
     move(trainer.network, CPU)
 
 
 @pytest.mark.parametrize(
     "leave",
-    [leave_uniforms, leave_rows, leave_mean, leave_labels, leave_sums, leave_network],
+    [leave_uniforms, leave_rows, leave_mean, leave_labels, leave_sums, leave_prior, leave_network],
 )
 def test_a_tensor_left_on_the_cpu_would_be_found(pretend, monkeypatch, leave):
-    trainer = pretend(*AUGMENTED)
+    trainer = pretend(*STRONG)
     leave(trainer, monkeypatch)
     with pytest.raises(RuntimeError, match=r"device|type"):
         trainer.train_step(*first_batch(trainer), 8)
@@ -224,8 +229,8 @@ def ask_for_too_much() -> None:
 @pytest.fixture(scope="module")
 def runs(flags, tmp_path_factory) -> dict[str, commands.Command]:
     """Runs on the GPU, at once because most of their time is that of starting."""
-    exact = [*AUGMENTED, "--epochs", 2, "--precision", "fp16", "--deterministic"]
-    terminate = functools.partial(commands.after_step, 11, commands.send, signal.SIGTERM)
+    exact = [*STRONG, "--epochs", 2, "--precision", "fp16", "--deterministic"]
+    terminate = functools.partial(commands.after_step, 19, commands.send, signal.SIGTERM)
     plans = {
         "plain": (["--epochs", 3], None, 0),
         "whole": (exact, None, 0),
@@ -312,7 +317,7 @@ def test_a_checkpoint_is_tested_alike_on_cpu_and_gpu(runs):
 @cuda
 def test_fp16_grows_its_scale_and_skips_a_step_that_overflows(photos, cache, monkeypatch):
     monkeypatch.setattr(model, "HIDDEN", 64)
-    trainer = trainer_on("cuda", *AUGMENTED, "--precision", "fp16", folder=photos, cache=cache)
+    trainer = trainer_on("cuda", *STRONG, "--precision", "fp16", folder=photos, cache=cache)
     batch = first_batch(trainer)
     trainer.scaler = torch.amp.GradScaler("cuda", init_scale=8.0, growth_interval=2)
     for _ in range(2):
@@ -332,9 +337,9 @@ def test_fp16_grows_its_scale_and_skips_a_step_that_overflows(photos, cache, mon
 @cuda
 def test_streamed_images_are_those_on_the_gpu(photos, cache, monkeypatch):
     monkeypatch.setattr(model, "HIDDEN", 64)
-    resident = trainer_on("cuda", *AUGMENTED, folder=photos, cache=cache)
+    resident = trainer_on("cuda", *STRONG, folder=photos, cache=cache)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
-    streamed = trainer_on("cuda", *AUGMENTED, folder=photos, cache=cache)
+    streamed = trainer_on("cuda", *STRONG, folder=photos, cache=cache)
     assert (resident.store.pixels.device, streamed.store.pixels.device) == (GPU, CPU)
     for first, second in zip(first_batch(resident), first_batch(streamed), strict=True):
         assert first.device == second.device == GPU
@@ -344,16 +349,16 @@ def test_streamed_images_are_those_on_the_gpu(photos, cache, monkeypatch):
 @cuda
 @pytest.mark.parametrize(
     ("recipe", "precision", "resident"),
-    [("report", "auto", True), ("strong", "auto", True), ("strong", "auto", False),
-     ("strong", "fp16", True)],
+    [(REPORT, "auto", True), (STRONG, "auto", True), (STRONG, "auto", False),
+     (STRONG, "fp16", True)],
+    ids=["report", "strong", "streamed", "fp16"],
 )  # fmt: skip
 def test_a_step_makes_the_cpu_wait_for_no_gpu(
     photos, cache, monkeypatch, recipe, precision, resident
 ):
     if not resident:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
-    flags = ["--recipe", recipe, "--precision", precision]
-    trainer = trainer_on("cuda", *flags, folder=photos, cache=cache)
+    trainer = trainer_on("cuda", *recipe, "--precision", precision, folder=photos, cache=cache)
     rows, uniforms = trainer.epoch_plan()
 
     def step():

@@ -1,232 +1,241 @@
-"""Several processes under torchrun: two on the CPU, which exchange gradients over the loopback device."""
+"""Two processes on the CPU, which exchange gradients over the loopback device.
+
+Most are started without a launcher, as PyTorch's `env://` variables allow; some by torchrun.
+"""
 
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
-import commands
 import pytest
-import torch
-from commands import thorough
+from commands import Command, after_step, one_line, run, send, thorough
 
+import data
 import model
 import train
 
 NARROW = Path(__file__).with_name("narrow.py")
-WORDS = "train.py: "  # every message of the program begins so; torchrun's own lines do not
 
 
-def torchrun(
-    program, *argv, folder, options=(), status=0, **environment
-) -> subprocess.CompletedProcess:
-    """Run a command line in two processes, and check torchrun's exit status and that no worker hangs."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        *options,
-    ]
-    process = subprocess.Popen(
-        [*command, NARROW, program, *map(str, argv)],
+def join(variables: dict[str, str], before) -> None:
+    """Be one of several processes."""
+    os.environ |= variables
+    if before:
+        before()
+
+
+def pair(program, *argv, folder, before=(None, None), status=(0, 0), **variables) -> list[Command]:
+    """Run a command line in two processes to their ends, and check the exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    commands = []
+    for rank in (0, 1):
+        own = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        joined = partial(join, own, before[rank])
+        commands.append(Command(program, *argv, folder=folder, before=joined))
+    found = tuple(command.wait() for command in commands)
+    assert found == status, [command.stderr for command in commands]
+    return commands
+
+
+def torchrun(program, *argv, folder, options=(), status=0, **variables) -> tuple[str, list[str]]:
+    """Run a command line under torchrun; return its output and the program's error messages."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*command, *options, NARROW, program, *map(str, argv)],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
         text=True,
-        start_new_session=True,  # Ctrl-C is for this process group
+        timeout=240,
+        check=False,
     )
-    try:
-        out, err = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # torchrun ends its workers, by force after a while
-        process.communicate()
-        raise
-    assert process.returncode == status, err
-    assert "[rank" not in err, err  # the head of a worker's traceback
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    assert result.returncode == status, result.stderr
+    assert "[rank" not in result.stderr, result.stderr  # the head of a worker's traceback
+    words = f"{program}.py: "  # torchrun's own lines begin with others
+    return result.stdout, [line for line in result.stderr.splitlines() if line.startswith(words)]
 
 
-def messages(result) -> list[str]:
-    """Return what the program itself, not torchrun, wrote to standard error."""
-    return [line for line in result.stderr.splitlines() if line.startswith(WORDS)]
+def count_decoded() -> None:
+    """Write a byte for each image that is decoded."""
+    file, decode = os.open("decoded", os.O_WRONLY | os.O_CREAT | os.O_APPEND), data.decode
+
+    def counted(image):
+        os.write(file, b".")
+        return decode(image)
+
+    data.decode = counted
 
 
-def checkpoint(folder: Path, name: str = "alexnet.last.pth") -> dict:
-    return torch.load(folder / name, weights_only=True)
+def save_and_die(step: int) -> None:
+    """Save each epoch, and die after a step."""
+    train.Checkpoints.save_if_due = train.Checkpoints.save
+    after_step(step, send, signal.SIGKILL)
 
 
-def difference(first: dict, second: dict) -> float:
-    """Return the largest difference of two checkpoints' weights."""
-    pairs = zip(first["state_dict"].values(), second["state_dict"].values(), strict=True)
-    return max((a - b).abs().max().item() for a, b in pairs)
+def difference(first: Path, second: Path, name: str = "alexnet.last.pth") -> float:
+    """Return the largest difference of the weights in two folders."""
+    states = [model.load(folder / name)["state_dict"].values() for folder in (first, second)]
+    return max((a - b).abs().max().item() for a, b in zip(*states, strict=True))
 
 
-@pytest.fixture(scope="session")
-def odd_photos(photos, tmp_path_factory) -> Path:
-    """81 pictures, 65 of them for training: with 8 in a batch, one is left for the last."""
+@pytest.fixture(scope="module")
+def odd_flags(photos, tmp_path_factory) -> list[str]:
+    """Flags for two epochs of nine steps: of 65 training images, one is left for the last."""
     folder = shutil.copytree(photos, tmp_path_factory.mktemp("odd") / "photos")
     star = folder / "101_ObjectCategories" / "star"
     shutil.copy(star / "image_0001.jpg", star / "image_0009.jpg")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def odd_flags(odd_photos, cache) -> list[str]:
-    """Flags for two epochs of nine steps, with dropout."""
     return (
-        f"--data {odd_photos} --cache {cache} --batch-size 8 --stride 4 --train-size 64 --test-size 96 --lr 1e-4 "
-        "--augment crop,flip,color --precision fp32 --epochs 2 --name run"
+        f"--data {folder} --cache {folder / 'cache'} --batch-size 8 --stride 4 --train-size 64 "
+        "--test-size 96 --lr 1e-4 --augment crop,flip,color --precision fp32 --epochs 2"
     ).split()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def unbroken(odd_flags, tmp_path_factory) -> Path:
-    """A folder in which two processes have trained two epochs; they decoded the pictures."""
+    """A folder in which two processes have trained two epochs."""
     folder = tmp_path_factory.mktemp("unbroken")
-    torchrun("train", *odd_flags, folder=folder, DECODED=str(folder / "decoded"))
+    pair("train", *odd_flags, folder=folder, before=(count_decoded, count_decoded))
     return folder
 
 
-def test_the_pictures_are_decoded_once_per_machine(unbroken):
-    assert len((unbroken / "decoded").read_bytes()) == 81
+def test_the_images_are_decoded_once_and_one_process_speaks_and_saves(unbroken):
+    assert (unbroken / "decoded").read_bytes() == b"." * 81
+    first, second = sorted(len(path.read_text()) for path in unbroken.glob("stdout.*"))
+    assert (first, bool(second)) == (0, True)
+    assert len([*unbroken.glob("runs/*/train/events*")]) == 1
+    assert {path.name for path in unbroken.glob("*.pth*")} == {"alexnet.pth", "alexnet.last.pth"}
 
 
 def test_two_processes_train_as_one_does(odd_flags, tmp_path):
-    # Adam divides a gradient by its size: where that is near zero, rounding is all that is left of it. At 64
-    # pixels, 0.5 % of the weights have such gradients, and differ by up to 4e-4; at 96 none has
-    flags = [
-        *odd_flags,
-        "--dropout",
-        0,
-        "--epochs",
-        1,
-        "--init",
-        "he",
-        "--augment",
-        "none",
-        "--train-size",
-        96,
-    ]
-    for name in ("one", "two"):
+    # Adam divides a gradient by its size: where that is near zero, rounding is all that is left.
+    # At 64 pixels 0.5 % of the weights have such gradients, and differ by up to 4e-4; at 96 none.
+    flags = [*odd_flags, "--dropout", 0, "--epochs", 1, "--init", "he", "--augment", "none"]
+    flags += ["--train-size", 96, "--ema", 0.9]
+    for name, start in (("one", run), ("two", pair)):
         (tmp_path / name).mkdir()
-    commands.run("train", *flags, folder=tmp_path / "one")
-    torchrun("train", *flags, folder=tmp_path / "two")
-    one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
-    assert difference(one, two) < 1e-5
+        start("train", *flags, folder=tmp_path / name)
+    for name in ("alexnet.pth", "alexnet.last.pth"):
+        assert difference(tmp_path / "one", tmp_path / "two", name) < 1e-5
+    one, two = (model.load(tmp_path / name / "alexnet.last.pth") for name in ("one", "two"))
     for figure in ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy"):
-        assert two["history"][0][figure] == pytest.approx(one["history"][0][figure], rel=1e-4), (
-            figure
-        )
+        assert two["history"][0][figure] == pytest.approx(one["history"][0][figure], rel=1e-4)
 
 
 @thorough
 def test_two_processes_test_as_one_does(unbroken, tmp_path):
-    ckpt, figures = unbroken / "alexnet.pth", {}
-    commands.run("test", "--ckpt", ckpt, "--logdir", "one", "--json", "one.json", folder=tmp_path)
-    result = torchrun("test", "--ckpt", ckpt, "--logdir", "two", "--json", folder=tmp_path)
-    figures = [
-        json.loads((tmp_path / "one.json").read_text()),
-        json.loads(result.stdout),
-    ]  # written once
-    losses = [each.pop("loss") for each in figures]
-    errors = [each.pop("calibration_error") for each in figures]
-    assert figures[0] == figures[1]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
-    assert len(list((tmp_path / "two").rglob("events.*"))) == 1
+    argv = ["--ckpt", unbroken / "alexnet.pth", "--logdir", "runs", "--json"]
+    one = json.loads(run("test", *argv, folder=tmp_path).stdout)
+    shutil.rmtree(tmp_path / "runs")
+    first, second = pair("test", *argv, folder=tmp_path)
+    assert second.stdout == ""
+    two = json.loads(first.stdout)
+    for figure, tolerance in (("loss", 1e-5), ("calibration_error", 1e-3)):
+        assert one.pop(figure) == pytest.approx(two.pop(figure), rel=tolerance)
+    assert one == two
+    assert len(list((tmp_path / "runs").rglob("events.*"))) == 1
+
+
+# ------------------------------------------------------------------------- interrupted and killed
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=thorough), 1])
+def test_a_signal_to_one_process_saves_once_and_the_run_goes_on(
+    odd_flags, unbroken, tmp_path, rank
+):
+    before = [None, None]
+    before[rank] = partial(after_step, 12, send, signal.SIGTERM)
+    first, second = pair("train", *odd_flags, folder=tmp_path, before=before, status=(143, 143))
+    assert "interrupted; continue with: python train.py --resume" in one_line(first)
+    assert second.stderr == ""
+    last = model.load(tmp_path / "alexnet.last.pth")
+    assert (last["epoch"], last["step"]) == (1, 3)
+    one = shutil.copytree(tmp_path, tmp_path / "one")
+    pair("train", "--resume", folder=tmp_path)
+    assert difference(tmp_path, unbroken) == difference(tmp_path, unbroken, "alexnet.pth") == 0
+    run("train", "--resume", folder=one)  # a single process can continue, with other dropout
+    assert model.load(one / "alexnet.last.pth")["history"][0] == last["history"][0]
+    assert difference(one, unbroken) > 0
+
+
+@pytest.mark.parametrize(("step", "epoch"), [pytest.param(5, 0, marks=thorough), (13, 1)])
+def test_restarted_workers_go_on_from_the_last_save_of_this_launch(
+    odd_flags, unbroken, tmp_path, step, epoch
+):
+    earlier = model.load(unbroken / "alexnet.last.pth")  # as if of a run with the same arguments
+    earlier["state_dict"] = {name: 0 * tensor for name, tensor in earlier["state_dict"].items()}
+    model.save({**earlier, "job": "an earlier launch"}, tmp_path / "alexnet.last.pth")
+    launch = {"folder": tmp_path, "TORCHELASTIC_RUN_ID": "this launch"}
+    before = (train_saving, partial(save_and_die, step))
+    first, _ = pair("train", *odd_flags, before=before, status=(1, 137), **launch)
+    assert "another process was lost" in one_line(first)
+    first, _ = pair("train", *odd_flags, TORCHELASTIC_RESTART_COUNT="1", **launch)
+    assert ("continuing after epoch 1, step 0 of 9" in first.stdout) == bool(epoch)
+    assert difference(tmp_path, unbroken) == difference(tmp_path, unbroken, "alexnet.pth") == 0
+
+
+def train_saving() -> None:
+    train.Checkpoints.save_if_due = train.Checkpoints.save
 
 
 @thorough
-def test_killed_workers_are_restarted_and_the_run_ends_as_an_unbroken_one(
+def test_torchrun_restarts_killed_workers_and_the_run_ends_as_an_unbroken_one(
     odd_flags, unbroken, tmp_path
 ):
-    older = checkpoint(
-        unbroken
-    )  # of a run with the same arguments: not what a restart goes on with
-    older["state_dict"] = {name: torch.zeros_like(t) for name, t in older["state_dict"].items()}
-    torch.save(older, tmp_path / "alexnet.last.pth")
-    result = torchrun(
-        "train", *odd_flags, folder=tmp_path, options=["--max-restarts=3"], EVENT="kill 1 5,13"
+    shutil.copy(unbroken / "alexnet.last.pth", tmp_path)
+    output, _ = torchrun(
+        "train", *odd_flags, folder=tmp_path, options=["--max-restarts=3"], KILL="5,13"
     )  # in the first epoch, then in the second
-    assert difference(checkpoint(tmp_path), checkpoint(unbroken)) == 0
-    assert result.stdout.count("epoch 1/2") == result.stdout.count("epoch 2/2") == 1
+    assert difference(tmp_path, unbroken) == 0
+    assert output.count("epoch 1/2") == output.count("epoch 2/2") == 1
 
 
-def test_a_restart_that_cannot_know_its_run_does_not_begin_it_anew(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+def test_a_restart_that_cannot_know_its_launch_does_not_begin_anew(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's own default
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(train.UsageError, match="--resume"):
-        train.parse([])
+    with pytest.raises(model.CheckpointError, match="or use --resume"):
+        train.parse(["--ckpt", "alexnet.pth"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert train.parse(["--ckpt", "alexnet.pth"])[1] is None
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "words"),
+    [
+        (["--batch-size", 7], 1, "--batch-size must be a multiple of 2 processes"),
+        pytest.param(["--device", "cuda:1"], 1, "cuda:1 for 2 processes", marks=thorough),
+    ],
+)
+def test_what_two_processes_cannot_do_is_one_line(
+    odd_flags, unbroken, argv, status, words, tmp_path
+):
+    first, _ = pair("train", *odd_flags, *argv, folder=tmp_path, status=(status, status))
+    assert words in one_line(first)
+
+
+def test_a_missing_variable_is_one_line(odd_flags, tmp_path):
+    before = partial(join, {"RANK": "0", "WORLD_SIZE": "2"}, None)
+    failed = run("train", *odd_flags, folder=tmp_path, before=before, status=1)
+    assert "WORLD_SIZE is 2, but" in one_line(failed)
+    assert "MASTER_ADDR" in failed.stderr
 
 
 @thorough
-def test_a_worker_that_dies_takes_the_others_down(odd_flags, tmp_path):
-    result = torchrun("train", *odd_flags, folder=tmp_path, status=1, EVENT="kill 1 5")
-    (message,) = messages(result)
-    assert "another process was lost" in message
-
-
-@thorough
-def test_interrupted_runs_save_once_and_go_on_as_if_unbroken(odd_flags, unbroken, tmp_path):
-    result = torchrun("train", *odd_flags, folder=tmp_path, status=1, EVENT="terminate 0 5")
-    assert messages(result) == ["train.py: interrupted; go on with: python train.py --resume"]
-    first = checkpoint(tmp_path)
-    assert first["epoch"] == 0
-    assert 5 <= first["step"] < 9
-
-    one = shutil.copytree(
-        tmp_path, tmp_path / "one"
-    )  # two processes' checkpoint serves a single one
-    commands.run("train", "--resume", folder=one)
-    commands.run("test", folder=one)
-    assert difference(checkpoint(one), checkpoint(unbroken)) > 0  # other dropout
-    assert checkpoint(one)["epoch"] == 2
-
-    result = torchrun(
-        "train", "--resume", folder=tmp_path, status=1, EVENT=f"interrupt 0 {12 - first['step']}"
-    )
-    assert messages(result) == ["train.py: interrupted; go on with: python train.py --resume"]
-    second = checkpoint(tmp_path)
-    assert second["epoch"] == 1
-    assert 3 <= second["step"] < 9
-
-    torchrun("train", "--resume", folder=tmp_path)
-    assert difference(checkpoint(tmp_path), checkpoint(unbroken)) == 0
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-@thorough
-def test_a_batch_that_the_processes_cannot_share_evenly_is_one_line(odd_flags, tmp_path):
-    result = torchrun("train", *odd_flags, "--batch-size", 7, folder=tmp_path, status=1)
-    (message,) = messages(result)
-    assert "--batch-size 7" in message
-
-
-@thorough
-def test_a_mistyped_flag_is_one_line_even_if_the_first_process_is_late(tmp_path):
-    result = torchrun("train", "--epoch", 2, folder=tmp_path, status=1, LATE="0")
-    (message,) = messages(result)
-    assert "did you mean --epochs?" in message
-
-
-@thorough
-def test_a_data_error_is_reported_once_and_ends_all_processes(odd_photos, odd_flags, tmp_path):
-    folder = shutil.copytree(odd_photos, tmp_path / "photos")
-    (folder / "101_ObjectCategories" / "bar" / "image_0001.jpg").write_bytes(b"no picture")
-    result = torchrun("train", *odd_flags, "--data", folder, folder=tmp_path, status=1)
-    assert [line for line in messages(result) if "image_0001.jpg" in line] == messages(result)[:1]
-
-
-def test_a_new_run_replaces_whatever_lies_where_it_saves(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "job", lambda: "new")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "alexnet.last.pth").write_bytes(b"damaged")
-    assert train.parse([])[1] is None
-    with pytest.raises(model.CheckpointError):
-        train.parse(["--resume"])
+@pytest.mark.parametrize("argv", [["--epoch", 2], ["--data", "damaged"], ["--batch-size", 7]])
+def test_torchrun_ends_all_processes_after_one_message(odd_flags, photos, tmp_path, argv):
+    damaged = shutil.copytree(photos, tmp_path / "damaged") / "101_ObjectCategories" / "bar"
+    (damaged / "image_0001.jpg").write_bytes(b"no image")
+    _, messages = torchrun("train", *odd_flags, *argv, folder=tmp_path, status=1)
+    (message,) = messages
+    assert any(words in message for words in ("--epochs?", "image_0001.jpg", "multiple of 2"))

@@ -39,6 +39,8 @@ def test_a_subset_of_real_photographs_is_learned(caltech101, tmp_path):
         (subset / name).mkdir()
         for path in sorted((data.locate(caltech101, "") / name).iterdir())[:60]:
             (subset / name / path.name).symlink_to(path)
-    flags = f"--data {subset} --cache {tmp_path}/cache --stride 4 --batch-size 16 --epochs 6".split()
+    flags = (
+        f"--data {subset} --cache {tmp_path}/cache --stride 4 --batch-size 16 --epochs 6".split()
+    )
     commands.run("train", *flags, "--lr", "3e-4", folder=tmp_path)
     assert torch.load(tmp_path / "alexnet.pth", weights_only=True)["valid_accuracy"] > 75

@@ -54,7 +54,9 @@ def tested(flags, tmp_path_factory):
     """Standard output and figures of a test, and the folder it was made in, where more may be put."""
     folder = tmp_path_factory.mktemp("tested")
     commands.run("train", *flags, "--epochs", 3, "--name", "run", folder=folder)
-    output = commands.run("test", "--json", "test.json", "--predictions", "test.csv", "--flip", folder=folder).stdout
+    output = commands.run(
+        "test", "--json", "test.json", "--predictions", "test.csv", "--flip", folder=folder
+    ).stdout
     return output, json.loads((folder / "test.json").read_text()), folder
 
 
@@ -68,7 +70,9 @@ def test_the_tested_images_are_the_manifests_and_no_training_images(tested):
     assert all(row["true_class"] == row["path"].split("/")[0] for row in rows)
     hits = sum(row["true_class"] == row["predicted_class"] for row in rows)
     assert result["accuracy"] == 100 * hits / len(rows)
-    assert result["loss"] == pytest.approx(sum(float(row["loss"]) for row in rows) / len(rows), rel=1e-4)
+    assert result["loss"] == pytest.approx(
+        sum(float(row["loss"]) for row in rows) / len(rows), rel=1e-4
+    )
     assert {"split", "images", "loss", "accuracy", "accuracy_low", "accuracy_high"} <= result.keys()
     assert {"top5_accuracy", "mean_class_accuracy", "classes", "flip_accuracy"} <= result.keys()
     assert (result["split"], result["images"]) == ("test", 8)
@@ -92,7 +96,9 @@ def test_valid_split_gives_exactly_the_accuracy_that_training_printed(tested):
     with open(folder / "runs" / "run" / "history.csv") as file:
         row = list(csv.DictReader(file))[checkpoint["epoch"] - 1]
     assert result["loss"] == pytest.approx(float(row["valid_loss"]), rel=1e-6)
-    assert len(EventAccumulator(str(folder / "runs" / "run" / "test")).Reload().Scalars("loss")) == 1
+    assert (
+        len(EventAccumulator(str(folder / "runs" / "run" / "test")).Reload().Scalars("loss")) == 1
+    )
 
 
 def test_events_lie_beside_those_of_training_at_the_checkpoints_epoch(tested):
@@ -132,7 +138,9 @@ def test_a_bare_state_dict_is_tested_with_a_warning_that_the_split_is_drawn(test
 def test_data_may_have_moved(tested, photos, tmp_path):
     _, result, folder = tested
     copy = shutil.copytree(photos, tmp_path / "elsewhere")
-    commands.run("test", "--data", copy, "--cache", tmp_path / "c", "--json", "moved.json", folder=folder)
+    commands.run(
+        "test", "--data", copy, "--cache", tmp_path / "c", "--json", "moved.json", folder=folder
+    )
     assert json.loads((folder / "moved.json").read_text())["accuracy"] == result["accuracy"]
 
 
@@ -148,17 +156,27 @@ def test_pictures_that_changed_since_training_are_noticed(tested, photos, tmp_pa
 # ---------------------------------------------------------------------------------------- prediction
 
 
-def test_images_are_named_with_the_preprocessing_of_testing_and_bad_ones_do_not_stop_it(tested, photos):
+def test_images_are_named_with_the_preprocessing_of_testing_and_bad_ones_do_not_stop_it(
+    tested, photos
+):
     _, _, folder = tested
     with open(folder / "test.csv") as file:
         row = next(csv.DictReader(file))
     picture = photos / "101_ObjectCategories" / row["path"]
     (folder / "text.jpg").write_text("no picture")
-    images = ["--images", picture, "text.jpg", "missing.jpg", photos / "101_ObjectCategories" / "star"]
+    images = [
+        "--images",
+        picture,
+        "text.jpg",
+        "missing.jpg",
+        photos / "101_ObjectCategories" / "star",
+    ]
     answered = commands.run("test", *images, "--json", folder=folder, status=1)
     good, text, missing, *star = json.loads(answered.stdout)
     assert good["predictions"][0]["class"] == row["predicted_class"]
-    assert good["predictions"][0]["probability"] == pytest.approx(float(row["confidence"]), abs=0.01)
+    assert good["predictions"][0]["probability"] == pytest.approx(
+        float(row["confidence"]), abs=0.01
+    )
     assert (len(good["predictions"]), len(star)) == (5, 8)
     assert (text["path"], missing["error"]) == ("text.jpg", "no such file")
     assert "text.jpg: can't be read as a picture\n" in answered.stderr
@@ -180,7 +198,15 @@ def test_hidden_files_in_a_folder_of_pictures_are_passed_over(trained, photos, t
 def test_images_need_no_data_set(trained, photos, tmp_path):
     shutil.copy(trained / "alexnet.pth", tmp_path)
     shutil.copy(photos / "101_ObjectCategories" / "star" / "image_0001.jpg", tmp_path)
-    alone = commands.run("test", "--images", "image_0001.jpg", "--json", "a.json", folder=tmp_path, before=forget_data)
+    alone = commands.run(
+        "test",
+        "--images",
+        "image_0001.jpg",
+        "--json",
+        "a.json",
+        folder=tmp_path,
+        before=forget_data,
+    )
     assert alone.stdout.startswith("image_0001.jpg\n")
     assert len(json.loads((tmp_path / "a.json").read_text())) == 1
 
@@ -196,7 +222,10 @@ def forget_data():
 
 
 def test_a_bar_in_a_name_does_not_break_a_table():
-    assert train.table(["class", "images"], [["a|b", 1]]) == "| class | images |\n| --- | --- |\n| a\\|b | 1 |"
+    assert (
+        train.table(["class", "images"], [["a|b", 1]])
+        == "| class | images |\n| --- | --- |\n| a\\|b | 1 |"
+    )
 
 
 @pytest.mark.parametrize("count", [3, 101])
@@ -234,7 +263,9 @@ def test_reliability_picture_has_a_bar_as_high_as_the_accuracy():
 
 
 def test_readme_lists_every_flag_with_its_default():
-    rows = re.findall(r"^\| `--([a-z0-9-]+)` \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `--([a-z0-9-]+)` \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
     expected = {}
     for name, default in train.DEFAULTS.items():
         if default is ...:
@@ -249,7 +280,9 @@ def test_report_script_weights_can_be_tested_by_the_real_command_line(photos, ca
     """The real network, in a process of its own, from an untrained bare state_dict."""
     torch.manual_seed(0)
     torch.save(model.AlexNet(10, stride=4).state_dict(), tmp_path / "alexnet.pth")
-    done = commands.shell(ROOT / "test.py", "--data", photos, "--cache", cache, "--stride", 4, folder=tmp_path)
+    done = commands.shell(
+        ROOT / "test.py", "--data", photos, "--cache", cache, "--stride", 4, folder=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "8 images" in done.stdout
     assert (tmp_path / "runs" / "alexnet" / "test").is_dir()
