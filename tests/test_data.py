@@ -1,65 +1,72 @@
 """Folders, splits, the store and augmentation."""
 
+import contextlib
 import hashlib
 import http.server
+import json
 import os
 import shutil
 import tarfile
 import threading
 import zipfile
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import caltech
 
 import data
 
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.randint(
-        0, 256, (6, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (6, 3, 224, 224), dtype=torch.uint8, generator=rng)
 
 
-@pytest.fixture(scope="module")
-def uniforms():
-    return torch.rand(6, data.UNIFORMS, generator=data.generator("test"))
+def uniforms(*names, count=6, value=None) -> dict:
+    """Return random numbers of those augmentations, or `value` for each."""
+    if value is None:
+        return data.draw_uniforms(names, count, seed=0, epoch=0)
+    return {name: torch.full((count, data.AUGMENTATIONS[name]), value) for name in names}
+
+
+def listed(paths: list[str]) -> SimpleNamespace:
+    """Return what `split` needs of a store of these paths."""
+    classes = sorted({path.split("/")[0] for path in paths})
+    labels = torch.tensor([classes.index(path.split("/")[0]) for path in paths])
+    place = {path: row for row, path in enumerate(paths)}
+    rows = lambda some: torch.tensor([place[path] for path in some])  # noqa: E731
+    return SimpleNamespace(paths=paths, parts={}, labels=labels, rows=rows)
 
 
 def test_split_is_8_1_1_and_depends_on_paths_and_seed_alone():
-    paths = [f"class/{index}.jpg" for index in range(8677)]
-    manifest = data.split(paths, seed=0)
-    assert {name: len(part) for name, part in manifest.items()} == {
-        "train": 6942,
-        "valid": 868,
-        "test": 867,
-    }
-    assert sorted(path for part in manifest.values() for path in part) == sorted(paths)
-    assert manifest == data.split(list(paths), seed=0)
-    assert manifest != data.split(paths, seed=1)
+    store = listed([f"class/{index}.jpg" for index in range(8677)])
+    manifest = data.split(store, seed=0)
+    counts = {name: len(part) for name, part in manifest.items()}
+    assert counts == {"train": 6942, "valid": 868, "test": 867}
+    assert sorted(path for part in manifest.values() for path in part) == sorted(store.paths)
+    assert manifest == data.split(store, seed=0)
+    assert manifest != data.split(store, seed=1)
 
 
-def test_a_copy_or_another_order_of_listing_changes_no_split(photos, cache, tmp_path, monkeypatch):
-    copy = shutil.copytree(photos, tmp_path / "copy")
-    first = data.ImageStore(str(photos), cache)
-    scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: Reversed(scandir(path)))
-    second = data.ImageStore(str(copy), tmp_path / "cache")
-    assert (first.paths, first.classes, first.fingerprint) == (
-        second.paths,
-        second.classes,
-        second.fingerprint,
-    )
-    assert torch.equal(first.pixels, second.pixels)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_only_image_of_a_class_is_trained_on(seed):
+    alone = [f"alone {index}/0.jpg" for index in range(8)]
+    store = listed(sorted([*alone, *(f"many/{index}.jpg" for index in range(22))]))
+    manifest = data.split(store, seed)
+    assert set(alone) <= set(manifest["train"])
+    assert [len(part) for part in manifest.values()] == [24, 3, 3]
+    assert sorted(path for part in manifest.values() for path in part) == store.paths
 
 
-class Reversed:
-    """A directory listing in reversed order."""
+class Backwards(contextlib.ExitStack):
+    """A folder's entries in reversed order."""
 
     def __init__(self, entries):
+        super().__init__()
         self.entries = iter(sorted(entries, key=lambda entry: entry.name, reverse=True))
 
     def __iter__(self):
@@ -68,72 +75,49 @@ class Reversed:
     def __next__(self):
         return next(self.entries)
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *_):
-        pass
-
-    close = __exit__
-
-
-@pytest.mark.parametrize("place", [".", "101_ObjectCategories"])
-def test_data_may_name_the_folder_or_the_one_above(photos, place):
-    assert data.locate(str(photos / place), "").resolve() == photos / "101_ObjectCategories"
+def test_a_copy_or_another_order_of_listing_changes_no_split(photos, cache, tmp_path, monkeypatch):
+    copy = shutil.copytree(photos, tmp_path / "copy")
+    first, scandir = data.ImageStore(str(photos), cache), os.scandir
+    monkeypatch.setattr(os, "scandir", lambda *path: Backwards(scandir(*path)))
+    second = data.ImageStore(str(copy), tmp_path / "cache")
+    for name in ("paths", "classes", "fingerprint", "checksums"):
+        assert getattr(first, name) == getattr(second, name)
+    assert torch.equal(first.pixels, second.pixels)
+    assert data.split(first, 0) == data.split(second, 0)
 
 
 @pytest.mark.parametrize("name", ["caltech101", "caltech-101"])
-def test_data_may_name_the_folder_two_above(photos, tmp_path, name):
-    (tmp_path / name).symlink_to(photos)
-    assert data.locate(str(tmp_path), "").samefile(photos / "101_ObjectCategories")
+def test_data_may_name_the_folder_or_those_above(photos, tmp_path, name):
+    shutil.copytree(photos, tmp_path / name)
+    (tmp_path / "other").mkdir()
+    classes = tmp_path / name / "101_ObjectCategories"
+    for place in (classes, tmp_path / name, tmp_path):
+        assert data.locate(str(place), "").samefile(classes)
 
 
-def test_background_and_files_that_are_no_images_are_left_out(photos, tmp_path, cache):
-    root = shutil.copytree(photos / "101_ObjectCategories", tmp_path / "root")
-    shutil.copytree(root / "star", root / "BACKGROUND_Google")
-    (root / "star" / "tmp").write_text("no image")
-    store = data.ImageStore(str(root), tmp_path / "cache")
-    assert (len(store.classes), len(store.paths)) == (10, 80)
-    assert [store.classes[label] for label in store.labels] == [
-        path.split("/")[0] for path in store.paths
-    ]
-
-
-def test_store_holds_what_decode_returns_and_greyscale_becomes_rgb(photos, cache, tmp_path):
-    Image.new("L", (50, 80), 77).save(tmp_path / "grey.jpg")
-    grey = data.decode(tmp_path / "grey.jpg")
-    assert grey.shape == (224, 224, 3)
-    assert grey.unique().tolist() == [77]
+def test_store_holds_what_decode_returns(photos, cache, tmp_path):
+    Image.new("L", (50, 80), 77).save(tmp_path / "gray.jpg")
+    gray = data.decode(tmp_path / "gray.jpg")
+    assert gray.shape == (224, 224, 3)
+    assert gray.unique().tolist() == [77]
     store = data.ImageStore(str(photos), cache)
-    rows = store.rows(store.paths[3:5])
+    rows = store.rows(store.paths[7:9])
     pixels, labels = store.batch(rows, torch.device("cpu"))
-    assert torch.equal(pixels[1].permute(1, 2, 0), data.decode(store.root / store.paths[4]))
+    assert torch.equal(pixels[1].permute(1, 2, 0), data.decode(store.root / store.paths[8]))
     assert pixels.is_contiguous(memory_format=torch.channels_last)
-    assert labels.tolist() == store.labels[3:5].tolist()
+    names = [store.classes[label] for label in labels]
+    assert names == [path.split("/")[0] for path in store.paths[7:9]] == ["arrow", "bar"]
 
 
-def test_store_is_made_anew_when_an_image_changes_and_the_old_file_goes(photos, tmp_path):
-    root, cache = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "cache"
-    first = data.ImageStore(str(root), cache)
-    (file,) = cache.iterdir()
-    again = data.ImageStore(str(root), cache)
-    assert list(cache.iterdir()) == [file]
-    assert first.fingerprint == again.fingerprint
-    Image.new("RGB", (9, 9), "red").save(root / "101_ObjectCategories" / first.paths[0])
-    changed = data.ImageStore(str(root), cache)
-    assert changed.fingerprint != first.fingerprint
-    assert changed.pixels[0, 112, 112].tolist() == pytest.approx([254, 0, 0], abs=2)
-    assert len(list(cache.iterdir())) == 1
-    assert file not in cache.iterdir()
-
-
-def test_a_store_of_the_wrong_size_is_made_anew(photos, tmp_path):
-    first = data.ImageStore(str(photos), tmp_path)
-    (file,) = tmp_path.iterdir()
-    content = file.read_bytes()
-    file.write_bytes(content[:-100])
-    assert data.ImageStore(str(photos), tmp_path).fingerprint == first.fingerprint
-    assert file.read_bytes() == content
+def test_changes_count_new_missing_and_changed_images_with_a_name(photos, cache):
+    store = data.ImageStore(str(photos), cache)
+    a, b, c, *_ = store.paths
+    earlier = {path: sum for path, sum in store.checksums.items() if path != a}
+    earlier |= {b: 1, c: 2, "gone.jpg": 3}
+    assert store.changes(store.checksums) == ""
+    words = f"1 new (such as {a!r}), 1 missing (such as 'gone.jpg'), 2 changed (such as {b!r})"
+    assert store.changes(earlier) == words
 
 
 def test_sample_is_the_same_everywhere_and_ordinary_class_folders(tmp_path):
@@ -146,176 +130,284 @@ def test_sample_is_the_same_everywhere_and_ordinary_class_folders(tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------ download
+# -------------------------------------------------------------------------------- download
 
 
 @pytest.fixture
-def server(photos, tmp_path, monkeypatch):
-    """Serve an archive built as Caltech101's is, and let torchvision take it for the real one."""
+def archive(photos, tmp_path, monkeypatch) -> Path:
+    """An archive built as Caltech101's is, which is served in its place, and requests counted."""
     site = tmp_path / "site"
-    (site / "caltech-101").mkdir(parents=True)
-    with tarfile.open(site / "caltech-101" / "101_ObjectCategories.tar.gz", "w:gz") as tar:
+    site.mkdir()
+    with tarfile.open(tmp_path / "images.tar.gz", "w:gz") as tar:
         tar.add(photos / "101_ObjectCategories", "101_ObjectCategories")
-        tar.add(photos / "101_ObjectCategories" / "star", "101_ObjectCategories/BACKGROUND_Google")
-    archive = site / "caltech-101.zip"
-    with zipfile.ZipFile(archive, "w") as file:
-        file.write(
-            site / "caltech-101" / "101_ObjectCategories.tar.gz",
-            "caltech-101/101_ObjectCategories.tar.gz",
-        )
+        star = photos / "101_ObjectCategories" / "star"
+        tar.add(star, "101_ObjectCategories/BACKGROUND_Google")
+    with zipfile.ZipFile(site / "caltech-101.zip", "w") as file:
+        file.write(tmp_path / "images.tar.gz", "caltech-101/101_ObjectCategories.tar.gz")
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=site)
     handler.log_message = None
-    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=http_server.serve_forever, daemon=True).start()
-    fetch, address = (
-        caltech.download_and_extract_archive,
-        f"http://127.0.0.1:{http_server.server_port}",
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    archive = site / "caltech-101.zip"
+    monkeypatch.setattr(
+        data, "CALTECH101_URL", f"http://127.0.0.1:{server.server_port}/{archive.name}"
     )
-    served = {
-        "md5": hashlib.md5(archive.read_bytes()).hexdigest(),
-        "archive": archive,
-        "fetched": 0,
-    }
-
-    def redirected(url, download_root, filename, md5):
-        assert (filename, md5) == ("caltech-101.zip", "3138e1922a9193bfa496528edbbc45d0")
-        served["fetched"] += 1
-        fetch(f"{address}/{filename}", download_root, filename=filename, md5=served["md5"])
-
-    monkeypatch.setattr(caltech, "download_and_extract_archive", redirected)
+    monkeypatch.setattr(data, "CALTECH101_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
     monkeypatch.setattr(data, "CALTECH101_IMAGES", 80)
     monkeypatch.chdir(tmp_path)
-    yield served
-    http_server.shutdown()
+    yield archive
+    server.shutdown()
+    server.server_close()
 
 
-def test_missing_default_folder_is_downloaded_once(server, tmp_path):
+def count() -> int:
+    """Return the number of images that the default data set has, downloaded if need be."""
+    return len(data.find_images(data.locate("data", ""))[0])
+
+
+def test_missing_default_folder_is_downloaded_once(archive, tmp_path):
+    assert count() == 80
+    archive.unlink()
+    assert count() == 80
     root = data.locate("data", "")
     assert root.resolve() == tmp_path / "data" / "caltech101" / "101_ObjectCategories"
-    assert len(data.scan(root)[0]) == 80
-    assert data.locate("data", "") == root
-    assert server["fetched"] == 1
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["caltech101"]
 
 
 @pytest.mark.parametrize("name", ["caltech101", "caltech-101", "other"])
-def test_a_folder_without_pictures_is_not_taken_for_the_data_set(server, tmp_path, name):
+def test_a_folder_without_images_is_not_taken_for_the_data_set(archive, tmp_path, name):
     (tmp_path / "data" / name / "empty").mkdir(parents=True)
-    assert len(data.scan(data.locate("data", ""))[0]) == 80
+    assert count() == 80
 
 
-def test_damaged_download_is_refused_and_the_next_try_mends_it(server, tmp_path):
-    archive = server["archive"].read_bytes()
-    server["archive"].write_bytes(archive[: len(archive) // 2])
-    with pytest.raises(data.DataError, match="could not be downloaded"):
-        data.locate("data", "")
-    server["archive"].write_bytes(archive)
-    assert len(data.scan(data.locate("data", ""))[0]) == 80
+def test_a_damaged_download_is_refused_and_the_next_try_succeeds(archive):
+    content = archive.read_bytes()
+    archive.write_bytes(content[: len(content) // 2])
+    with pytest.raises(data.DataError, match="cannot be downloaded"):
+        count()
+    archive.write_bytes(content)
+    assert count() == 80
 
 
-def test_half_an_extraction_is_never_taken_for_the_data_set(server, tmp_path):
-    half = tmp_path / "data" / ".partial" / "caltech101" / "101_ObjectCategories" / "star"
-    half.mkdir(parents=True)
-    (half / "image_0001.jpg").write_bytes(b"")
-    assert len(data.scan(data.locate("data", ""))[0]) == 80
+@pytest.mark.parametrize("place", [".partial/101_ObjectCategories/star", ".partial/caltech-101/x"])
+def test_half_an_extraction_is_never_taken_for_the_data_set(archive, tmp_path, place):
+    half = tmp_path / "data" / place / "image_9999.jpg"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"")
+    assert count() == 80
 
 
-def test_an_archive_with_other_images_is_refused(server, monkeypatch):
+def test_an_archive_with_other_images_is_refused(archive, monkeypatch):
     monkeypatch.setattr(data, "CALTECH101_IMAGES", 81)
     with pytest.raises(data.DataError, match="80 images arrived instead of 81"):
-        data.locate("data", "")
+        count()
     assert not os.path.exists("data/caltech101")
 
 
-# -------------------------------------------------------------------------------------- augmentation
+# ------------------------------------------------------------------------------- the cache
 
 
-def test_without_augmentation_pictures_are_only_normalised(images):
-    inputs = data.prepare(images)
-    assert torch.allclose(data.denormalize(inputs) * 255, images.float(), atol=1e-3)
-    assert torch.equal(inputs, data.prepare(images, 224, ("none",), torch.rand(6, data.UNIFORMS)))
+@pytest.fixture
+def album(photos, tmp_path) -> Path:
+    """A copy of the photos, to change."""
+    return Path(shutil.copytree(photos / "101_ObjectCategories", tmp_path / "album"))
+
+
+def open_album(album: Path) -> data.ImageStore:
+    """Return the store of the album, and check that nothing but its cache is in that folder."""
+    store = data.ImageStore(str(album), album.parent / "cache")
+    kinds = sorted(file.suffix for file in (album.parent / "cache").iterdir())
+    assert kinds == [".json", ".uint8"]
+    decoded = torch.stack([data.decode(album / path) for path in store.paths[::9]])
+    assert torch.equal(store.pixels[::9], decoded)
+    return store
+
+
+def test_the_cache_is_used_until_an_image_changes_and_then_replaced(album):
+    first = open_album(album)
+    files = {file: file.stat().st_ino for file in (album.parent / "cache").iterdir()}
+    assert open_album(album).fingerprint == first.fingerprint
+    assert files == {file: file.stat().st_ino for file in (album.parent / "cache").iterdir()}
+    Image.new("RGB", (9, 9), "red").save(album / first.paths[0])
+    changed = open_album(album)
+    assert changed.fingerprint != first.fingerprint
+    assert changed.pixels[0, 112, 112].tolist() == pytest.approx([254, 0, 0], abs=2)
+    assert not set(files) & set((album.parent / "cache").iterdir())
+
+
+def test_files_of_one_size_and_time_that_change_places_are_noticed(album):
+    a, b = album / "arrow" / "image_0001.jpg", album / "star" / "image_0001.jpg"
+    for file in (a, b):
+        file.write_bytes(file.read_bytes().ljust(100_000, b"\0"))
+        os.utime(file, (1e9, 1e9))
+    first = open_album(album)
+    a.rename(album / "c")
+    b.rename(a)
+    (album / "c").rename(b)
+    assert open_album(album).fingerprint != first.fingerprint
+
+
+def test_a_touched_file_is_the_same_image_and_a_renamed_class_is_another(album):
+    first = open_album(album)
+    os.utime(album / first.paths[0])
+    assert open_album(album).fingerprint == first.fingerprint
+    (album / "star").rename(album / "asteroid")
+    renamed = open_album(album)
+    assert renamed.classes[1] == "asteroid"
+    assert renamed.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"{}", b"[]", b"null", b"\xff", b'{"checksums": []}']
+)
+def test_a_damaged_cache_is_made_anew(album, damage):
+    first = open_album(album)
+    description, pixels = sorted((album.parent / "cache").iterdir())
+    pixels.write_bytes(pixels.read_bytes()[:-100])
+    assert open_album(album).fingerprint == first.fingerprint
+    description.write_bytes(damage)
+    assert open_album(album).fingerprint == first.fingerprint
+
+
+def test_caches_of_folders_that_are_gone_and_leftovers_are_removed(album):
+    cache = album.parent / "cache"
+    cache.mkdir()
+    for name in ("images-0123456789abcdef.uint8", "0-1.uint8.2.tmp"):  # also older versions'
+        (cache / name).write_bytes(b"")
+        os.utime(cache / name, (1e9, 1e9))
+    copy = shutil.copytree(album, album.parent / "copy")
+    data.ImageStore(str(copy), cache)
+    shutil.rmtree(copy)
+    open_album(album)
+
+
+def test_a_new_version_of_the_decoding_makes_the_cache_anew(album, monkeypatch):
+    open_album(album)
+    before = set((album.parent / "cache").iterdir())
+    monkeypatch.setattr(data, "DECODING", data.DECODING + 1)
+    open_album(album)
+    assert not before & set((album.parent / "cache").iterdir())
+
+
+def test_several_processes_may_build_one_cache_at_once(album):
+    cache, found = album.parent / "cache", []
+    work = partial(lambda: found.append(data.ImageStore(str(album), cache).fingerprint))
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [open_album(album).fingerprint] * 4
+
+
+def test_a_data_set_larger_than_memory_is_mapped(tmp_path):
+    count = 40_000_000_000 // 150_528
+    with open(tmp_path / "k.uint8", "wb") as file:
+        try:
+            file.truncate(count * 150_528)  # takes no space
+        except OSError:
+            pytest.skip("no sparse files of that size here")
+    (tmp_path / "k.json").write_text(json.dumps({"checksums": [1] * count}))
+    store = object.__new__(data.ImageStore)
+    store.pixels, _ = store.map_cache(["a"] * count, tmp_path / "k")
+    store.labels = torch.zeros(count, dtype=torch.int64)
+    pixels, _ = store.batch(torch.tensor([0, count - 1]), torch.device("cpu"))
+    assert pixels.shape == (2, 3, 224, 224)
+
+
+# ---------------------------------------------------------------------------- augmentation
+
+
+def test_without_augmentation_images_are_only_normalised(images):
+    inputs = data.to_inputs(images)
+    assert torch.allclose(data.to_pixels(inputs) * 255, images.float(), atol=1e-3)
     expected = (images[0, 0, 0, 0] / 255 - data.MEAN[0]) / data.STD[0]
     assert inputs[0, 0, 0, 0].item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", data.AUGMENTATIONS)
-def test_augmentation_is_per_image_seeded_and_keeps_its_range(name, images, uniforms):
-    inputs = data.prepare(images, 224, (name,), uniforms)
-    assert torch.equal(inputs, data.prepare(images, 224, (name,), uniforms))
-    assert not torch.equal(inputs, data.prepare(images, 224, (name,), 1 - uniforms))
-    for index in range(len(images)):  # a picture's result does not depend on its batch
-        alone = data.prepare(images[index : index + 1], 224, (name,), uniforms[index : index + 1])
+def test_augmentation_is_per_image_and_keeps_its_range(name, images):
+    drawn = uniforms(name)
+    inputs = data.to_inputs(images, 224, drawn)
+    other = {name: 1 - drawn[name]}
+    assert not torch.equal(inputs, data.to_inputs(images, 224, other))
+    for index in range(len(images)):  # an image's result does not depend on its batch
+        one = slice(index, index + 1)
+        alone = data.to_inputs(images[one], 224, {name: drawn[name][one]})
         torch.testing.assert_close(alone[0], inputs[index], rtol=0, atol=1e-5)
-    mean, std = data.statistics(inputs.device)
+    mean, std = data.mean_std(inputs.device)
     pixels = inputs * std + mean
     assert pixels.min() >= -1e-5
     assert pixels.max() <= 1 + 1e-5
 
 
-def test_flip_mirrors_half_of_the_pictures(images):
-    uniforms = torch.zeros(6, data.UNIFORMS)
-    uniforms[::2, data.COLUMNS.index("flip")] = 0.9
-    inputs = data.prepare(images, 224, ("flip",), uniforms)
-    plain = data.prepare(images)
+def test_random_numbers_of_an_augmentation_do_not_depend_on_the_others():
+    alone, both = uniforms("flip"), uniforms("crop", "flip", "color")
+    assert torch.equal(alone["flip"], both["flip"])
+    assert not torch.equal(alone["flip"], data.draw_uniforms(["flip"], 6, 0, 1)["flip"])
+    assert not torch.equal(alone["flip"], data.draw_uniforms(["flip"], 6, 1, 0)["flip"])
+
+
+def test_flip_mirrors_images_below_one_half(images):
+    drawn = uniforms("flip", value=0.9)
+    drawn["flip"][1::2] = 0.1
+    inputs, plain = data.to_inputs(images, 224, drawn), data.to_inputs(images)
     torch.testing.assert_close(inputs[::2], plain[::2], rtol=0, atol=1e-3)
     torch.testing.assert_close(inputs[1::2], plain[1::2].flip(-1), rtol=0, atol=1e-3)
 
 
-def test_crop_of_the_whole_picture_is_the_picture_and_a_corner_is_that_corner(images):
-    middle = torch.full((6, data.UNIFORMS), 0.5)
-    middle[:, data.COLUMNS.index("area")] = 1 - 1e-7
-    whole = data.prepare(images, 224, ("crop",), middle)
-    torch.testing.assert_close(whole, data.prepare(images), rtol=0, atol=1e-3)
+def test_gray_takes_the_colour_of_one_image_in_ten(images):
+    drawn = {"gray": torch.linspace(0, 1, 6)[:, None]}
+    inputs = data.to_pixels(data.to_inputs(images, 224, drawn))
+    gray = (inputs - inputs.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 1e-5
+    assert gray.tolist() == [True, False, False, False, False, False]
+
+
+def test_crop_of_the_whole_image_is_the_image_and_a_corner_is_that_corner(images):
+    middle = torch.tensor([[1 - 1e-7, 0.5, 0.5, 0.5]])  # area, ratio, x, y
+    whole = data.to_inputs(images, 224, {"crop": middle.expand(6, 4)})
+    torch.testing.assert_close(whole, data.to_inputs(images), rtol=0, atol=1e-3)
     ramp = torch.arange(224, dtype=torch.uint8).expand(1, 3, 224, 224)
-    corner = torch.full((1, data.UNIFORMS), 0.5)
-    corner[:, [data.COLUMNS.index("area"), data.COLUMNS.index("x")]] = 0.0
-    cut = data.denormalize(data.prepare(ramp, 224, ("crop",), corner)) * 255
+    corner = {"crop": torch.tensor([[0, 0.5, 0, 0.5]])}
+    cut = data.to_pixels(data.to_inputs(ramp, 224, corner)) * 255
     side = data.CROP_SCALE[0] ** 0.5 * 224
     assert cut[0, 0, 100, 0].item() == pytest.approx(0, abs=1)
     assert cut[0, 0, 100, 223].item() == pytest.approx(side - 0.5, abs=1.5)
 
 
-def test_trivial_does_one_operation_to_every_other_picture(images):
-    plain, names = data.prepare(images), list(data.OPERATIONS)
+def trivial(name: str | None, strength: float, count: int = 1) -> dict:
+    """Return random numbers that choose an operation of "trivial"; None: none."""
+    names = list(data.OPERATIONS)
+    place = 0.75 if name is None else (names.index(name) + 0.5) / (2 * len(names))
+    return {"trivial": torch.tensor([[place, strength]]).expand(count, 2)}
 
-    def changed(place, strength):
-        uniforms = torch.full((6, data.UNIFORMS), 0.5)
-        uniforms[:, -2], uniforms[:, -1] = place, strength
-        return data.prepare(images, 224, ("trivial",), uniforms)
 
-    for place in (0.5, 0.75, 1 - 1e-7):
-        torch.testing.assert_close(changed(place, 1.0), plain, rtol=0, atol=1e-3)
-    shifted = changed((names.index("x") + 0.5) / (2 * len(names)), 1.0)
-    torch.testing.assert_close(
-        shifted[..., :-28], plain[..., 28:], rtol=0, atol=1e-3
-    )  # 224 / 2 * 0.25 = 28
-    darker = data.denormalize(changed((names.index("brightness") + 0.5) / (2 * len(names)), 0.0))
-    torch.testing.assert_close(darker, data.denormalize(plain) * 0.4, rtol=0, atol=1e-3)
+def test_trivial_does_one_operation_to_every_other_image(images):
+    plain = data.to_inputs(images)
+    unchanged = data.to_inputs(images, 224, trivial(None, 1, 6))
+    torch.testing.assert_close(unchanged, plain, rtol=0, atol=1e-3)
+    shifted = data.to_inputs(images, 224, trivial("x", 1, 6))  # by 224 / 2 * 0.25 = 28
+    torch.testing.assert_close(shifted[..., :-28], plain[..., 28:], rtol=0, atol=1e-3)
+    darker = data.to_pixels(data.to_inputs(images, 224, trivial("brightness", 0, 6)))
+    torch.testing.assert_close(darker, data.to_pixels(plain) * 0.4, rtol=0, atol=1e-3)
     square = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
     square[:, :, 110:114, 180:184] = 255  # 70 pixels to the right of the centre
-    uniforms = torch.full((1, data.UNIFORMS), 0.5)
-    uniforms[:, -2:] = torch.tensor([0.5 / (2 * len(names)), 1.0])
-    turned = data.denormalize(data.prepare(square, 224, ("trivial",), uniforms))[0, 0]
+    turned = data.to_pixels(data.to_inputs(square, 224, trivial("rotation", 1)))[0, 0]
     y, x = divmod(turned.argmax().item(), 224)
     assert (x, y) == pytest.approx((111.5 + 70 * 3**0.5 / 2, 111.5 - 70 / 2), abs=2)
 
 
 def test_sizes_other_than_the_stored_one_are_resampled(images):
-    for augment in ((), ("crop", "flip")):
-        assert data.prepare(images, 96, augment, torch.rand(6, data.UNIFORMS)).shape == (
-            6,
-            3,
-            96,
-            96,
-        )
+    for names in ((), ("crop", "flip")):
+        assert data.to_inputs(images, 96, uniforms(*names)).shape == (6, 3, 96, 96)
     flat = torch.full((1, 3, 224, 224), 99, dtype=torch.uint8)
-    assert torch.allclose(
-        data.denormalize(data.prepare(flat, 96)) * 255, torch.tensor(99.0), atol=1e-2
-    )
+    small = data.to_pixels(data.to_inputs(flat, 96)) * 255
+    assert torch.allclose(small, torch.tensor(99.0), atol=1e-2)
 
 
 def test_what_is_warped_to_a_smaller_size_is_smoothed_first():
     stripes = torch.tensor([0, 255], dtype=torch.uint8).repeat(112).expand(1, 3, 224, 224)
-    for augment in ((), ("flip",)):
-        small = data.denormalize(data.prepare(stripes, 80, augment, torch.zeros(1, data.UNIFORMS)))
+    for names in ((), ("flip",)):
+        drawn = uniforms(*names, count=1, value=0.0)
+        small = data.to_pixels(data.to_inputs(stripes, 80, drawn))
         assert (small - 0.5).abs().max() < 0.1  # without it: 0.5
