@@ -44,11 +44,11 @@ COLUMNS = ["path", "true_class", "predicted_class", "confidence", "loss"]  # of 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments."""
-    parser = Parser(prog="test.py", description=__doc__)
+    parser = Parser("test.py", __doc__)
     add = parser.add_argument
     path = os.path.expanduser
-    add("--ckpt", type=path, default="alexnet.pth", help="checkpoint to test (%(default)s)")
-    add("--split", choices=["test", "valid", "train"], default="test", help="(%(default)s)")
+    add("--ckpt", type=path, default="alexnet.pth", help="checkpoint to test")
+    add("--split", choices=["test", "valid", "train"], default="test", help="part of the split")
     add("--data", type=path, help="as for train.py (default: where it was trained)")
     add("--cache", type=path, help="folder for the decoded images (default: the training's)")
     add("--json", type=path, nargs="?", const="-", metavar="FILE", help="write the results, or "
@@ -59,11 +59,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--versus", type=path, metavar="FILE", help="compare with another checkpoint")
     add("--images", nargs="+", metavar="PATH", help="classify images, or those in folders")
-    add("--device", default="auto", help="as for train.py (%(default)s)")
+    add("--device", default="auto", help="as for train.py")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the training's)")
     add("--logdir", type=path, help="write events under this folder (default: the run's)")
-    add("--seed", type=int, default=0, help="of the split for weights without one (%(default)s)")
-    add("--stride", type=int, choices=[2, 4], default=2, help="of weights without it (%(default)s)")
+    add("--seed", type=int, default=0, help="of the split, for weights without")
+    add("--stride", type=int, choices=[2, 4], default=2, help="for weights that do not hold it")
     args = parser.parse_args(argv)
     for name in ("data", "cache", "split", "flip", "versus", "logdir"):
         if args.images and getattr(args, name) != parser.get_default(name):
@@ -250,7 +250,7 @@ def write_json(target: str | None, value: object) -> None:
     elif target:
         with complete_file(Path(target), "w") as file:
             json.dump(value, file, indent=2)
-        print(f"results written to {target}")
+        print(f"results written to {target}", file=sys.stderr)
 
 
 def write_predictions(target: str | None, rows: list[list]) -> None:
@@ -259,6 +259,7 @@ def write_predictions(target: str | None, rows: list[list]) -> None:
         options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
         with complete_file(Path(target), "w", **options) as file:
             csv.writer(file).writerows([COLUMNS, *rows])
+        print(f"predictions written to {target}", file=sys.stderr)
 
 
 def load_network(path: str, stride: int, compute: Compute) -> tuple[AlexNet, dict]:
@@ -268,7 +269,7 @@ def load_network(path: str, stride: int, compute: Compute) -> tuple[AlexNet, dic
     """
     checkpoint = load(path)
     if "optimizer" in checkpoint and "history" in checkpoint:
-        raise CheckpointError(f"{path}: is for --resume; test the best checkpoint, beside it")
+        raise CheckpointError(f"{path}: is for --resume; test the file beside it, without .last")
     try:
         network = build(checkpoint, stride)
     except CheckpointError as error:
@@ -379,13 +380,36 @@ def run_folder(args: argparse.Namespace, checkpoint: dict) -> Path:
     return run
 
 
+def report(args, checkpoint: dict, store: ImageStore, paths: list[str], logits, result) -> None:
+    """Write what was asked for, log a test on the test split, and print the result."""
+    rows, names = store.rows(paths), store.classes
+    labels = store.labels.cpu()[rows]
+    confidence, predicted = logits.softmax(1).max(1)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    columns = (paths, labels.tolist(), predicted.tolist(), confidence.tolist(), losses.tolist())
+    lines = [[path, names[t], names[p], *more] for path, t, p, *more in zip(*columns, strict=True)]
+    write_predictions(args.predictions, lines)
+    if args.split == "test":
+        run, step = run_folder(args, checkpoint), checkpoint.get("epoch", 0)
+
+        def images(places):
+            return store.batch(rows[places].to(store.pixels.device), torch.device("cpu"))[0]
+
+        with SummaryWriter(run / "test", purge_step=step) as writer:
+            log_test(writer, result, logits, labels, paths, images, step)
+    write_json(args.json, result)
+    if args.json != "-":
+        if "split" in checkpoint:
+            accuracy = f"valid accuracy {checkpoint['valid_accuracy']:.2f} %"
+            print(f"{args.ckpt}: epoch {checkpoint['epoch']}, {accuracy}")
+        print(summary(result, args))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Test or predict as `argv` says (default: the command line)."""
     args = parse(argv)
-    precision = args.precision or load(args.ckpt, verify=False).get("args", {}).get(
-        "precision", "auto"
-    )
-    compute = set_up(args.device, precision)
+    trained = load(args.ckpt, verify=False).get("args", {})
+    compute = set_up(args.device, args.precision or trained.get("precision", "auto"))
     network, checkpoint = load_network(args.ckpt, args.stride, compute)
     if args.images:
         sys.exit(0 if compute.rank or predict(args, network, checkpoint, compute) else 1)
@@ -405,29 +429,9 @@ def main(argv: list[str] | None = None) -> None:
         result["flip_accuracy"] = score(both, labels)[1]
     if args.versus:
         result["versus"] = compare(args, paths, logits.argmax(1) == labels, store, rows, compute)
-    if compute.rank:
-        return
-    warn(args, checkpoint, store, manifest)
-    if args.json != "-":
-        if "split" in checkpoint:
-            accuracy = f"valid accuracy {checkpoint['valid_accuracy']:.2f} %"
-            print(f"{args.ckpt}: epoch {checkpoint['epoch']}, {accuracy}")
-        print(summary(result, args))
-    write_json(args.json, result)
-    confidence, predicted = logits.softmax(1).max(1)
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    columns = (paths, labels.tolist(), predicted.tolist(), confidence.tolist(), losses.tolist())
-    names = store.classes
-    table = [[path, names[t], names[p], *more] for path, t, p, *more in zip(*columns, strict=True)]
-    write_predictions(args.predictions, table)
-    if args.split == "test":
-        run, step = run_folder(args, checkpoint), checkpoint.get("epoch", 0)
-
-        def images(places):
-            return store.batch(rows[places].to(store.pixels.device), torch.device("cpu"))[0]
-
-        with SummaryWriter(run / "test", purge_step=step) as writer:
-            log_test(writer, result, logits, labels, paths, images, step)
+    if compute.rank == 0:
+        warn(args, checkpoint, store, manifest)
+        report(args, checkpoint, store, paths, logits, result)
 
 
 if __name__ == "__main__":

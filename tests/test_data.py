@@ -257,16 +257,25 @@ def test_a_touched_file_is_the_same_image_and_a_renamed_class_is_another(album):
     assert renamed.fingerprint != first.fingerprint
 
 
-@pytest.mark.parametrize(
-    "damage", [b"", b"{", b"{}", b"[]", b"null", b"\xff", b'{"checksums": []}']
-)
-def test_a_damaged_cache_is_made_anew(album, damage):
+def test_a_damaged_cache_is_made_anew(album):
     first = open_album(album)
     description, pixels = sorted((album.parent / "cache").iterdir())
     pixels.write_bytes(pixels.read_bytes()[:-100])
     assert open_album(album).fingerprint == first.fingerprint
-    description.write_bytes(damage)
-    assert open_album(album).fingerprint == first.fingerprint
+    for damage in (b"", b"{", b"{}", b"[]", b"null", b"\xff", b'{"checksums": []}'):
+        description.write_bytes(damage)
+        assert open_album(album).fingerprint == first.fingerprint
+
+
+def test_other_programs_files_in_the_cache_folder_are_kept(album):
+    cache = album.parent / "cache"
+    cache.mkdir()
+    others = ["results.json", "gone.json", "download.tmp", "array.uint8"]
+    for name, text in zip(others, ("[1, 2]", '{"root": "gone"}', "", ""), strict=True):
+        (cache / name).write_text(text)
+        os.utime(cache / name, (1e9, 1e9))
+    data.ImageStore(str(album), cache)
+    assert {path.name for path in cache.iterdir()} > set(others)
 
 
 def test_caches_of_folders_that_are_gone_and_leftovers_are_removed(album):

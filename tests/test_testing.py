@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import commands
 import pytest
@@ -30,9 +31,9 @@ def test_mcnemar_is_the_two_sided_binomial_test_of_the_disagreements():
     assert test.mcnemar(first, first) == 1
 
 
-def test_figures_of_a_case_worked_by_hand():
+def test_metrics_of_a_case_worked_by_hand():
     logits = torch.tensor([[9.0, 0, 0], [9, 0, 0], [0, 9, 0], [9, 0, 0]])
-    result = test.figures(logits, torch.tensor([0, 0, 1, 1]), ["a", "b", "c"])
+    result = test.metrics(logits, torch.tensor([0, 0, 1, 1]), ["a", "b", "c"])
     assert result["images"] == 4
     assert result["accuracy"] == 75
     assert result["top5_accuracy"] == 100
@@ -44,19 +45,18 @@ def test_figures_of_a_case_worked_by_hand():
 
 def test_calibration_error_of_a_case_worked_by_hand():
     confidence = torch.tensor([0.95, 0.95, 0.55, 1.0])
-    error, bins = test.calibration(confidence, torch.tensor([True, False, True, True]))
-    assert bins[9].tolist() == pytest.approx([0.75, (0.95 + 0.95 + 1) / 3, 2 / 3])
+    error = test.calibration_error(confidence, torch.tensor([True, False, True, True]))
     assert error == pytest.approx(100 * (0.75 * abs(2.9 / 3 - 2 / 3) + 0.25 * 0.45))
 
 
 @pytest.fixture(scope="module")
 def tested(flags, tmp_path_factory):
-    """Standard output and figures of a test, and the folder it was made in, where more may be put."""
+    """What a test prints and writes, and the folder that it ran in, where more may be put."""
     folder = tmp_path_factory.mktemp("tested")
-    commands.run("train", *flags, "--epochs", 3, "--name", "run", folder=folder)
-    output = commands.run(
-        "test", "--json", "test.json", "--predictions", "test.csv", "--flip", folder=folder
-    ).stdout
+    named = ["--name", "run", "--ckpt", "alexnet.pth"]
+    commands.run("train", *flags, "--epochs", 3, *named, folder=folder)
+    argv = ["--json", "test.json", "--predictions", "test.csv", "--flip"]
+    output = commands.run("test", *argv, folder=folder).stdout
     return output, json.loads((folder / "test.json").read_text()), folder
 
 
@@ -70,18 +70,18 @@ def test_the_tested_images_are_the_manifests_and_no_training_images(tested):
     assert all(row["true_class"] == row["path"].split("/")[0] for row in rows)
     hits = sum(row["true_class"] == row["predicted_class"] for row in rows)
     assert result["accuracy"] == 100 * hits / len(rows)
-    assert result["loss"] == pytest.approx(
-        sum(float(row["loss"]) for row in rows) / len(rows), rel=1e-4
-    )
+    losses = [float(row["loss"]) for row in rows]
+    assert result["loss"] == pytest.approx(sum(losses) / len(rows), rel=1e-4)
     assert {"split", "images", "loss", "accuracy", "accuracy_low", "accuracy_high"} <= result.keys()
     assert {"top5_accuracy", "mean_class_accuracy", "classes", "flip_accuracy"} <= result.keys()
     assert (result["split"], result["images"]) == ("test", 8)
 
 
-def test_a_second_test_gives_the_same_figures_and_no_second_events(tested):
+def test_a_second_test_gives_the_same_and_no_second_events(tested):
     output, result, folder = tested
     again = commands.run("test", "--json", "again.json", "--flip", folder=folder)
-    assert again.stdout == output
+    assert again.stdout == output.replace("test.json", "again.json")
+    assert "results written to test.json\n" in output
     assert json.loads((folder / "again.json").read_text()) == result
     events = EventAccumulator(str(folder / "runs" / "run" / "test")).Reload()
     assert len(events.Scalars("accuracy")) == 1
@@ -96,9 +96,8 @@ def test_valid_split_gives_exactly_the_accuracy_that_training_printed(tested):
     with open(folder / "runs" / "run" / "history.csv") as file:
         row = list(csv.DictReader(file))[checkpoint["epoch"] - 1]
     assert result["loss"] == pytest.approx(float(row["valid_loss"]), rel=1e-6)
-    assert (
-        len(EventAccumulator(str(folder / "runs" / "run" / "test")).Reload().Scalars("loss")) == 1
-    )
+    events = EventAccumulator(str(folder / "runs" / "run" / "test")).Reload()
+    assert len(events.Scalars("loss")) == 1
 
 
 def test_events_lie_beside_those_of_training_at_the_checkpoints_epoch(tested):
@@ -109,20 +108,32 @@ def test_events_lie_beside_those_of_training_at_the_checkpoints_epoch(tested):
         (event,) = events.Scalars(tag)
         assert event.step == epoch
         assert event.value == pytest.approx(result[tag], rel=1e-6)
-    assert {"confusion_matrix", "reliability", "worst_mistakes"} == set(events.Tags()["images"])
+    assert {"confusion_matrix", "worst_mistakes"} == set(events.Tags()["images"])
     texts = {tag.split("/")[0] for tag in events.Tags()["tensors"]}
     assert {"most_confused", "classes", "precision_recall"} <= texts
 
 
-def test_versus_compares_on_the_same_images_and_refuses_others(tested, flags):
+def test_versus_compares_on_the_same_images(tested):
     _, result, folder = tested
     shutil.copy(folder / "alexnet.pth", folder / "copy.pth")
     output = commands.run("test", "--versus", "copy.pth", "--json", folder=folder).stdout
-    versus = json.loads(output)["versus"]
-    assert versus == {"accuracy": result["accuracy"], "difference": 0, "p_value": 1}
-    commands.run("train", *flags, "--epochs", 1, "--seed", 5, "--ckpt", "other.pth", folder=folder)
-    refused = commands.run("test", "--versus", "other.pth", folder=folder, status=1)
-    assert "its test split is not that of" in commands.one_line(refused)
+    same = {"accuracy": result["accuracy"], "difference": 0, "p_value": 1}
+    assert json.loads(output)["versus"] == same
+
+
+@pytest.mark.parametrize(
+    ("split", "difference", "p", "words"),
+    [
+        ("test", 2.5, 0.01, "a.pth is 2.50 points better, p = 0.01 (McNemar, exact): more than"),
+        ("valid", -2.5, 0.2, "a.pth is 2.50 points worse, p = 0.2 (McNemar, exact): chance alone"),
+    ],
+)
+def test_versus_has_direction_unit_verdict_and_advice(tested, split, difference, p, words):
+    versus = {"accuracy": 50.0, "difference": difference, "p_value": p}
+    result = tested[1] | {"split": split, "versus": versus}
+    lines = test.summary(result, SimpleNamespace(ckpt="a.pth", versus="b.pth", split=split))
+    assert f"versus b.pth: accuracy 50.00 %; {words}" in lines
+    assert ("compare on --split valid" in lines) == (split == "test")
 
 
 def test_a_bare_state_dict_is_tested_with_a_warning_that_the_split_is_drawn(tested, flags, photos):
@@ -131,63 +142,73 @@ def test_a_bare_state_dict_is_tested_with_a_warning_that_the_split_is_drawn(test
     torch.save(checkpoint["state_dict"], folder / "bare.pth")
     bare = ["--ckpt", "bare.pth", "--data", photos, "--stride", 4, "--json"]
     command = commands.run("test", *bare, folder=folder)
-    assert "holds no split" in commands.one_line(command)
+    assert "has no split" in commands.one_line(command)
     assert json.loads(command.stdout)["accuracy"] == result["accuracy"]
 
 
 def test_data_may_have_moved(tested, photos, tmp_path):
     _, result, folder = tested
     copy = shutil.copytree(photos, tmp_path / "elsewhere")
-    commands.run(
-        "test", "--data", copy, "--cache", tmp_path / "c", "--json", "moved.json", folder=folder
-    )
+    argv = ["--data", copy, "--cache", tmp_path / "c", "--json", "moved.json"]
+    assert not commands.run("test", *argv, folder=folder).stderr
     assert json.loads((folder / "moved.json").read_text())["accuracy"] == result["accuracy"]
 
 
-def test_pictures_that_changed_since_training_are_noticed(tested, photos, tmp_path):
+def test_images_that_changed_since_training_are_counted_with_a_name(tested, photos, tmp_path):
     _, _, folder = tested
-    copy = shutil.copytree(photos, tmp_path / "changed")
-    first, second, *_ = sorted(copy.rglob("*.jpg"))
+    split = torch.load(folder / "alexnet.pth", weights_only=True)["split"]
+    copy = shutil.copytree(photos, tmp_path / "changed") / "101_ObjectCategories"
+    first, second, gone, *_ = (copy / path for path in split["train"])
     shutil.copy(second, first)
+    shutil.copy(second, copy / "star" / "new.jpg")
     argv = ["--data", copy, "--cache", tmp_path / "cache", "--logdir", tmp_path]
-    assert "images have changed since" in commands.run("test", *argv, folder=folder).stderr
+    error = commands.one_line(commands.run("test", *argv, folder=folder))
+    changed = first.relative_to(copy).as_posix()
+    assert f"1 new (such as 'star/new.jpg'), 1 changed (such as '{changed}')" in error
+    gone.unlink()
+    assert "1 missing" in commands.run("test", *argv, folder=folder).stderr
+    assert (
+        gone.name in commands.run("test", *argv, "--split", "train", folder=folder, status=1).stderr
+    )
 
 
-# ---------------------------------------------------------------------------------------- prediction
+def test_top_5_is_shown_for_more_than_five_classes_alone(tested):
+    output, result, _ = tested
+    assert f"top-5 accuracy {result['top5_accuracy']:.2f} %" in output
+    logits = torch.rand(9, 5)
+    shown = test.metrics(logits, torch.arange(9) % 5, list("abcde")) | {"split": "test"}
+    assert "top-5" not in test.summary(shown, None)
 
 
-def test_images_are_named_with_the_preprocessing_of_testing_and_bad_ones_do_not_stop_it(
+# ------------------------------------------------------------------------------ prediction
+
+
+def test_images_are_classified_with_the_preprocessing_of_testing_and_bad_ones_do_not_stop_it(
     tested, photos
 ):
     _, _, folder = tested
     with open(folder / "test.csv") as file:
         row = next(csv.DictReader(file))
-    picture = photos / "101_ObjectCategories" / row["path"]
-    (folder / "text.jpg").write_text("no picture")
-    images = [
-        "--images",
-        picture,
-        "text.jpg",
-        "missing.jpg",
-        photos / "101_ObjectCategories" / "star",
-    ]
+    root = photos / "101_ObjectCategories"
+    image = root / row["path"]
+    (folder / "text.jpg").write_text("no image")
+    images = ["--images", image, "text.jpg", "missing.jpg", root / "star"]
     answered = commands.run("test", *images, "--json", folder=folder, status=1)
     good, text, missing, *star = json.loads(answered.stdout)
     assert good["predictions"][0]["class"] == row["predicted_class"]
-    assert good["predictions"][0]["probability"] == pytest.approx(
-        float(row["confidence"]), abs=0.01
-    )
+    probability = good["predictions"][0]["probability"]
+    assert probability == pytest.approx(float(row["confidence"]), abs=0.01)
     assert (len(good["predictions"]), len(star)) == (5, 8)
-    assert (text["path"], missing["error"]) == ("text.jpg", "no such file")
-    assert "text.jpg: can't be read as a picture\n" in answered.stderr
+    assert (text["path"], missing["error"]) == ("text.jpg", "No such file or directory")
+    assert "text.jpg: not an image of a known kind\n" in answered.stderr
     assert answered.stderr.count("\n") == 2
-    printed = commands.run("test", "--images", picture, folder=folder).stdout
-    assert printed.splitlines()[0] == str(picture)
+    printed = commands.run("test", "--images", image, folder=folder).stdout
+    assert printed.splitlines()[0] == str(image)
     assert printed.splitlines()[1].split()[2] == row["predicted_class"]
 
 
-def test_hidden_files_in_a_folder_of_pictures_are_passed_over(trained, photos, tmp_path):
-    folder = shutil.copytree(photos / "101_ObjectCategories" / "star", tmp_path / "pictures")
+def test_hidden_files_in_a_folder_of_images_are_passed_over(trained, photos, tmp_path):
+    folder = shutil.copytree(photos / "101_ObjectCategories" / "star", tmp_path / "images")
     (folder / "._image_0001.jpg").write_text("of another system")
     (folder / "folder.jpg").mkdir()
     shutil.copytree(photos / "101_ObjectCategories" / "star", folder / ".thumbnails")
@@ -198,17 +219,15 @@ def test_hidden_files_in_a_folder_of_pictures_are_passed_over(trained, photos, t
 def test_images_need_no_data_set(trained, photos, tmp_path):
     shutil.copy(trained / "alexnet.pth", tmp_path)
     shutil.copy(photos / "101_ObjectCategories" / "star" / "image_0001.jpg", tmp_path)
-    alone = commands.run(
-        "test",
-        "--images",
-        "image_0001.jpg",
-        "--json",
-        "a.json",
-        folder=tmp_path,
-        before=forget_data,
-    )
+    argv = ["--images", "image_0001.jpg", "--json", "a.json", "--predictions", "a.csv"]
+    alone = commands.run("test", *argv, folder=tmp_path, before=forget_data)
     assert alone.stdout.startswith("image_0001.jpg\n")
-    assert len(json.loads((tmp_path / "a.json").read_text())) == 1
+    (answer,) = json.loads((tmp_path / "a.json").read_text())
+    with open(tmp_path / "a.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert row["path"] == answer["path"] == "image_0001.jpg"
+    assert row["predicted_class"] == answer["predictions"][0]["class"]
+    assert float(row["confidence"]) == answer["predictions"][0]["probability"]
 
 
 def forget_data():
@@ -218,14 +237,12 @@ def forget_data():
     data.locate = refuse
 
 
-# ------------------------------------------------------------------------------------------- drawing
+# --------------------------------------------------------------------------------- drawing
 
 
 def test_a_bar_in_a_name_does_not_break_a_table():
-    assert (
-        train.table(["class", "images"], [["a|b", 1]])
-        == "| class | images |\n| --- | --- |\n| a\\|b | 1 |"
-    )
+    made = train.table(["class", "images"], [["a|b", 1]])
+    assert made == "| class | images |\n| --- | --- |\n| a\\|b | 1 |"
 
 
 @pytest.mark.parametrize("count", [3, 101])
@@ -245,7 +262,7 @@ def test_confusion_picture_shows_the_row_shares(count):
     assert picture.dtype == torch.uint8
 
 
-def test_captioned_grid_holds_the_pictures():
+def test_captioned_grid_holds_the_images():
     images = torch.randint(0, 256, (9, 3, 224, 224), dtype=torch.uint8)
     grid = test.captioned_grid(images, ["file\ntrue: a\nb, 90% sure"] * 9)
     assert torch.equal(grid[:, :224, :224], images[0])
@@ -253,36 +270,23 @@ def test_captioned_grid_holds_the_pictures():
     assert grid[:, 224:282, :224].min() < 128
 
 
-def test_reliability_picture_has_a_bar_as_high_as_the_accuracy():
-    bins = torch.zeros(10, 3)
-    bins[9] = torch.tensor([1.0, 0.95, 0.5])
-    picture = test.reliability_picture(bins)
-    column = picture[:, :, 400 - 40 - 10].int()
-    blue = (column[2] > column[0] + 50).nonzero()
-    assert blue.min().item() == pytest.approx(40 + 160, abs=2)
-
-
-def test_readme_lists_every_flag_with_its_default():
-    rows = re.findall(
-        r"^\| `--([a-z0-9-]+)` \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE
-    )
-    expected = {}
-    for name, default in train.DEFAULTS.items():
-        if default is ...:
-            default = " / ".join(str(recipe[name]) for recipe in train.RECIPES.values())
-        expected[name.replace("_", "-")] = str(default or "")
-    expected |= {"cache": "the user's cache folder", "name": "date and time"}
-    expected["seed"] = "0"
-    assert dict(rows) == expected
+def test_readme_lists_flags_with_their_defaults():
+    table = (ROOT / "README.md").read_text().split("| flag of train.py |")[1]
+    rows = dict(re.findall(r"^\| `--([a-z-]+)` \| (.*?) \|", table, re.MULTILINE))
+    defaults = {name: train.get_parser().get_default(name.replace("-", "_")) for name in rows}
+    defaults |= {"name": "date and time", "ckpt": "alexnet.pth"}
+    assert len(rows) > 9
+    assert rows == {name: str(default or "by recipe") for name, default in defaults.items()} | {
+        "seed": "0"
+    }
 
 
 def test_report_script_weights_can_be_tested_by_the_real_command_line(photos, cache, tmp_path):
     """The real network, in a process of its own, from an untrained bare state_dict."""
     torch.manual_seed(0)
     torch.save(model.AlexNet(10, stride=4).state_dict(), tmp_path / "alexnet.pth")
-    done = commands.shell(
-        ROOT / "test.py", "--data", photos, "--cache", cache, "--stride", 4, folder=tmp_path
-    )
+    argv = ["--data", photos, "--cache", cache, "--stride", 4]
+    done = commands.shell(ROOT / "test.py", *argv, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "8 images" in done.stdout
     assert (tmp_path / "runs" / "alexnet" / "test").is_dir()
