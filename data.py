@@ -50,7 +50,7 @@ SYSTEM_FOLDERS = {
     "background_google", "lost+found", "recycler", "system volume information",
 }  # fmt: skip
 PARTS = {  # words in the name of a folder that holds a ready-made part of the split
-    "train": {"train", "training", "trainset"},
+    "train": {"train", "training", "trainset", "trainval"},
     "valid": {"val", "valid", "validation", "valset", "dev"},
     "test": {"test", "testing", "testset", "eval", "evaluation"},
 }
@@ -115,6 +115,8 @@ def walk(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError):
         raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
+    if not folder.exists():  # a broken link
+        return
     visited = {os.path.realpath(folder.parent)}
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
@@ -442,17 +444,17 @@ def complete_file(path: Path, mode: str = "wb", **options):
 
 def remove_stale(target: Path) -> None:
     """Remove the caches of images that have changed or are gone, and what killed processes left."""
-    for file in target.parent.iterdir():
+    for file in target.parent.glob("[0-9a-f]*-[0-9a-f]*.*"):
+        if not re.match("[0-9a-f]{16}-[0-9a-f]{16}[.]", file.name):  # another program's
+            continue
         with contextlib.suppress(OSError, ValueError, KeyError):  # Windows keeps a mapped file
-            described = file.with_suffix(".json").exists()
             if file.suffix == ".json":
                 changed = file.name.split("-")[0] == target.name.split("-")[0]
-                if (changed and file.stem != target.name) or not os.path.isdir(
-                    json.loads(file.read_bytes())["root"]
-                ):
+                gone = not os.path.isdir(json.loads(file.read_bytes())["root"])
+                if gone or (changed and file.stem != target.name):
                     file.unlink()
                     file.with_suffix(".uint8").unlink()
-            elif file.suffix in (".tmp", ".uint8") and not described:
+            elif not file.with_suffix(".json").exists():
                 if time.time() - file.stat().st_mtime > DAY:  # no process writes it any more
                     file.unlink()
 

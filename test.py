@@ -58,7 +58,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--flip", action="store_true", help="also test with the mean over each image and its mirror"
     )
     add("--versus", type=path, metavar="FILE", help="compare with another checkpoint")
-    add("--images", nargs="+", metavar="PATH", help="classify images, or those in folders")
+    add(
+        "--images",
+        type=path,
+        nargs="+",
+        metavar="PATH",
+        help="classify images, or those in folders",
+    )
     add("--device", default="auto", help="as for train.py")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the training's)")
     add("--logdir", type=path, help="write events under this folder (default: the run's)")
