@@ -70,18 +70,9 @@ LAYOUTS = {
     "two parts of train": (parts("train_a 4", "train_b 5", "test 4"), TRAIN_TEST),
     "names in another case": (parts("train 10") | {"val/Cat": 3, "val/Dog": 3}, [16, 2, 2]),
 }  # fmt: skip
-EXPECTED_FAILURES = {"VOC": "trainval is not known as a name of train"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=EXPECTED_FAILURES[name]))
-        if name in EXPECTED_FAILURES
-        else name
-        for name in LAYOUTS
-    ],
-)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_ready_made_parts_are_the_split(cache, tmp_path, name):
     tree, counts = LAYOUTS[name]
     store, found = opened(draw(tmp_path / "data", tree), cache)
@@ -144,7 +135,6 @@ def test_system_folders_are_passed_over(cache, tmp_path):
     assert (store.classes, len(store.paths), store.notes) == (["cat", "dog"], 10, [])
 
 
-@pytest.mark.xfail(strict=True, reason="a link to nothing ends the run instead of being noted")
 def test_a_class_folder_that_links_to_nothing_is_named(cache, tmp_path):
     folder = tmp_path / "data"
     draw(folder, {"cat": 5, "dog": 5})
@@ -415,7 +405,6 @@ def test_data_sets_of_any_size_train(cache, tmp_path, recipe, images, classes, e
     assert not tested.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="--images does not expand a tilde")
 def test_a_tilde_before_images_is_expanded(trained, photos, tmp_path):
     (tmp_path / "home").symlink_to(photos)
     argv = ["--ckpt", trained / "alexnet.pth", "--images=~/101_ObjectCategories/star"]
