@@ -478,7 +478,7 @@ class ImageStore:
         labels: int64 (N,), of all images, also those that cannot be read: see `rows`.
         pixels: uint8 (N, SIZE, SIZE, 3), of the same.
         parts: path -> train, valid or test where the data set is split already; else empty.
-        checksums: path -> CRC-32 of the file.
+        checksums: path -> CRC-32 of each file that can be read.
         fingerprint: a digest of all paths and checksums.
         notes: lines for people about what is passed over.
 
@@ -561,7 +561,7 @@ class ImageStore:
         return ", ".join(f"{len(p)} {kind} (such as {min(p)!r})" for kind, p in kinds.items() if p)
 
     def move_to(self, device: torch.device) -> None:
-        """Keep the pixels on `device` if it is a GPU and a quarter of its memory holds them."""
+        """Keep the pixels on `device` if a quarter of its free memory, a GPU's, holds them."""
         if device.type == "cuda" and self.pixels.numel() < torch.cuda.mem_get_info(device)[0] / 4:
             self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
 
@@ -583,8 +583,8 @@ class ImageStore:
 def split(store: ImageStore, seed: int) -> dict[str, list[str]]:
     """Return the manifest, the paths in train, valid and test: 8:1:1 at random under `seed`.
 
-    Ready-made parts stay as they are; a missing one is drawn from train. An image that is the only
-    one of its class changes places with one of train, so that the class can be learned.
+    Ready-made parts stay as they are; a missing one is drawn from train. A class without an image
+    in train gets one in exchange for another, so that it can be learned.
 
     Raises:
         DataError: a part is empty.
@@ -621,14 +621,8 @@ def split(store: ImageStore, seed: int) -> dict[str, list[str]]:
 
 # Random numbers are a function of the seed and of where a run stands, so a run that is resumed
 # anywhere sees the same ones, and no random state is saved. Each augmentation has a stream of its
-# own: adding one does not change the others.
-AUGMENTATIONS = {
-    "crop": 4,
-    "flip": 1,
-    "color": 3,
-    "gray": 1,
-    "trivial": 2,
-}  # random numbers for an image
+# own: adding one, here and in `to_inputs`, does not change the others.
+AUGMENTATIONS = {"crop": 4, "flip": 1, "color": 3, "gray": 1, "trivial": 2}  # numbers an image
 CROP_SCALE, CROP_RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 GRAY = 0.1  # the share of images that lose their colour
 COLOR = 0.3  # the largest change, either way, as a factor
@@ -677,7 +671,7 @@ def to_inputs(
         uniforms: for each augmentation to apply, random numbers in [0, 1), (B, k).
     """
     uniforms = uniforms or {}
-    warped = len(images) and {"crop", "flip", "trivial"} & uniforms.keys()  # a share may be empty
+    warped = len(images) > 0 and not uniforms.keys().isdisjoint(("crop", "flip", "trivial"))
     changes = draw_changes(uniforms) if uniforms else {}
     # warping reads 2 x 2 pixels: from images much larger than the result it reads noise
     side = min(int(1.5 * size), images.shape[-1]) if warped else size

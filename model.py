@@ -92,12 +92,11 @@ def init_he(network: AlexNet) -> None:
 
 @torch.no_grad()
 def whiten(layer: nn.Conv2d, images: torch.Tensor) -> None:
-    """Set filters whose outputs on `images`, (B, 3, H, W), are uncorrelated with variance near 1.
+    """Set filters to the leading principal components of image patches, and their negatives.
 
-    Half of the filters are the principal components of the patches that the layer sees. The
-    others are their negatives, so ReLU loses nothing. airbench (https://arxiv.org/abs/2404.00498)
-    starts so, with smaller patches. Nearly all random filters see the same, the mean colour of a
-    patch, because most of the variance is there.
+    They are scaled to outputs of variance near 1 on `images`, (B, 3, H, W), as airbench has it
+    (https://arxiv.org/abs/2404.00498), with smaller patches. Random filters nearly all respond to
+    a patch's mean colour, where most of the variance is.
     """
     # every 7th place: the layer's own stride gives many more patches, all much alike
     patches = F.unfold(images, layer.kernel_size, stride=7)  # (B, 3 * 11 * 11, places)
@@ -146,8 +145,8 @@ def save(checkpoint: dict, path: str | Path) -> None:
     except (OSError, RuntimeError) as error:  # torch turns some of the first into the second
         reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
         raise CheckpointError(
-            f"{path}: cannot be written ({reason}); what was saved before is untouched; "
-            "free some space or fix the folder, then continue with --resume"
+            f"{path}: cannot be written ({reason}); free some space or fix the folder; what was "
+            "saved before is untouched"
         ) from error
     finally:
         with contextlib.suppress(OSError):

@@ -4,8 +4,8 @@
     python test.py --ckpt alexnet.pth --split valid --versus other.pth
     python test.py --ckpt alexnet.pth --images cat.jpg folder/
 
-The split is the one in the checkpoint, whatever the seed or the order of the folder. Results go to
-the log folder of the run that the checkpoint is from.
+The split is the one in the checkpoint, whatever the seed or the order of the folder. Results on the
+test split go to the log folder of the run that the checkpoint is from.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from data import (
     walk,
 )
 from model import AlexNet, CheckpointError, build, load
-from train import Compute, Parser, evaluate, printable, run_command, score, set_up, table
+from train import DEVICE, Compute, Parser, evaluate, printable, run_command, score, set_up, table
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 COLUMNS = ["path", "true_class", "predicted_class", "confidence", "loss"]  # of --predictions
@@ -65,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="classify images, or those in folders",
     )
-    add("--device", default="auto", help="as for train.py")
+    add("--device", type=DEVICE, default="auto", help="as for train.py")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the training's)")
     add("--logdir", type=path, help="write events under this folder (default: the run's)")
     add("--seed", type=int, default=0, help="of the split, for weights without")
@@ -274,14 +274,14 @@ def load_network(path: str, stride: int, compute: Compute) -> tuple[AlexNet, dic
     Its "args" are those of the training, or those of the report for weights of another script.
     """
     checkpoint = load(path)
-    if "optimizer" in checkpoint and "history" in checkpoint:
+    if "optimizer" in checkpoint:
         raise CheckpointError(f"{path}: is for --resume; test the file beside it, without .last")
     try:
         network = build(checkpoint, stride)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    report = {"data": "data", "cache": default_cache(), "test_size": 224, "precision": "auto"}
-    checkpoint["args"] = report | checkpoint.get("args", {})
+    defaults = {"data": "data", "cache": default_cache(), "test_size": 224, "precision": "auto"}
+    checkpoint["args"] = defaults | checkpoint.get("args", {})
     return network.to(compute.device, memory_format=memory_format(compute.device)), checkpoint
 
 
@@ -378,7 +378,7 @@ def compare(args, paths: list[str], hits: torch.Tensor, store: ImageStore, rows,
     return {"accuracy": theirs, "difference": ours - theirs, "p_value": mcnemar(hits, other_hits)}
 
 
-def run_folder(args: argparse.Namespace, checkpoint: dict) -> Path:
+def test_folder(args: argparse.Namespace, checkpoint: dict) -> Path:
     """Return the folder of the run that the checkpoint is from, or one of its name."""
     run = Path(checkpoint.get("run", Path("runs", Path(args.ckpt).stem)))
     if args.logdir or not os.access(run, os.W_OK):  # it was moved, or is another user's
@@ -396,7 +396,7 @@ def report(args, checkpoint: dict, store: ImageStore, paths: list[str], logits, 
     lines = [[path, names[t], names[p], *more] for path, t, p, *more in zip(*columns, strict=True)]
     write_predictions(args.predictions, lines)
     if args.split == "test":
-        run, step = run_folder(args, checkpoint), checkpoint.get("epoch", 0)
+        run, step = test_folder(args, checkpoint), checkpoint.get("epoch", 0)
 
         def images(places):
             return store.batch(rows[places].to(store.pixels.device), torch.device("cpu"))[0]

@@ -51,7 +51,7 @@ from model import AlexNet, CheckpointError, init_he, load, save, transfer, white
 
 # --------------------------------------------------------------------------- recipes and flags
 
-RECIPES = {  # defaults of flags, for 30 epochs; `fit` adapts them to others
+RECIPES = {  # defaults of flags, for 30 epochs; `adapt` fits them to others
     "report": dict(
         lr=1e-4, schedule="constant", warmup_epochs=0, weight_decay=0.0, label_smoothing=0.0,
         logit_adjustment=0.0, augment="none", cutmix=0.0, repeats=1, train_size="224", ema=0.0,
@@ -124,12 +124,18 @@ def matching(pattern: str, meaning: str):
     return check
 
 
+def train_sizes(text: str) -> str:
+    """Check --train-size, for argparse's `type`."""
+    low, high = size_range(text) if re.fullmatch(r"\d+(-\d+)?", text) else (0, 0)
+    if not 64 <= low <= high <= data.SIZE:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size from 64 to {data.SIZE}, or A-B")
+    return text
+
+
 def add_experiment_flags(parser: Parser) -> None:
     """Add the flags that decide what is trained; recipes set the defaults that are missing."""
     names = "|".join(data.AUGMENTATIONS)
     augment = matching(f"none|({names})(,({names}))*", f"none or some of {names}")
-    size = r"(6[4-9]|[7-9]\d|1\d\d|2[01]\d|22[0-4])"  # 64 to 224
-    train_size = matching(f"{size}(-{size})?", "a size from 64 to 224 or two of them, as 80-128")
     add = parser.add_argument_group("experiment").add_argument
     add("--recipe", choices=list(RECIPES), default="report", help="defaults of other flags")
     add("--epochs", type=number(int, 1, 100_000), default=30, help="passes over the images")
@@ -147,7 +153,7 @@ def add_experiment_flags(parser: Parser) -> None:
     add("--cutmix", type=number(float, 0, 1), help="share of the batches that CutMix mixes")
     add("--repeats", type=number(int, 1, 16), help="how often an image comes in an epoch, each "
         "time augmented anew, in one batch (https://arxiv.org/abs/1901.09335)")  # fmt: skip
-    add("--train-size", type=train_size, help="pixels a side; A-B grows over 80 %% of the epochs")
+    add("--train-size", type=train_sizes, help="pixels a side; A-B grows over 80 %% of the epochs")
     add("--test-size", type=number(int, 64, data.SIZE), help="pixels a side in validation and "
         "test; default: the largest --train-size, an eighth more with crops")  # fmt: skip
     add("--ema", type=number(float, 0, 0.99999), help="decay a step of averaged weights, which "
@@ -157,12 +163,14 @@ def add_experiment_flags(parser: Parser) -> None:
     add("--seed", type=number(int, 0, 2**32), default=0, help="of the split and all else random")
 
 
+DEVICE = matching(r"auto|cpu|mps|cuda(:\d{1,2})?", "one of auto, cpu, mps, cuda, cuda:N")
+
+
 def get_parser(**options) -> Parser:
     """Return the parser of train.py's flags."""
-    device = matching(r"auto|cpu|mps|cuda(:\d{1,2})?", "one of auto, cpu, mps, cuda, cuda:N")
     name = matching(r"(?!\.\.?$)[^/\\\ud800-\udfff]+", "a plain name, without folders")
-    ckpt = matching(r"(?s)(.*[/\\])?(?!\.*(last\.*)?$)[^/\\]+", "the name of a file")
-    utf8 = matching(r"[^\ud800-\udfff]*", "text in UTF-8, which TensorBoard needs")
+    ckpt = matching(r"(?s)(.*[/\\])?(?!\.+$)[^/\\]+", "the name of a file")
+    utf8 = matching(r"[^\ud800-\udfff]*", "text in UTF-8")
     parser = Parser("train.py", __doc__, **options)
     add_experiment_flags(parser)
 
@@ -179,12 +187,13 @@ def get_parser(**options) -> Parser:
     add("--skip-bad-images", action="store_true", help="continue without unreadable images")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=device, default="auto", help="auto (cuda, else mps, else cpu), cpu, "
+    add("--device", type=DEVICE, default="auto", help="auto (cuda, else mps, else cpu), cpu, "
         "mps, cuda or cuda:N")  # fmt: skip
     precisions = ["auto", "fp32", "bf16", "fp16"]
     add("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 where the "
         "device computes so natively, else fp32")  # fmt: skip
-    add("--deterministic", action="store_true", help="the same numbers each time, also on CUDA")
+    add("--deterministic", action="store_true", help="on CUDA, deterministic algorithms "
+        "where PyTorch has them")  # fmt: skip
 
     add = parser.add_argument_group("output").add_argument
     add("--name", type=name, help="of the run; default: date and time")
@@ -208,12 +217,18 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | Non
     first, _ = get_parser(add_help=False).parse_known_args(argv)
     parser, recipe = get_parser(), RECIPES[first.recipe]
     ckpt = os.path.expanduser(first.ckpt or f"{first.name or 'alexnet'}.pth")
-    parser.set_defaults(**fit(recipe, first.epochs), ckpt=ckpt)
+    if Path(ckpt).stem.endswith(".last"):
+        parser.error(f"--ckpt {ckpt}: NAME.last.pth lies beside NAME.pth; give NAME.pth")
+    parser.set_defaults(**adapt(recipe, first.epochs), ckpt=ckpt)
     checkpoint = find_checkpoint(last_path(ckpt), first.resume)
     stored = checkpoint["args"] if checkpoint else {}
     known = vars(first).keys() - {"ckpt", "resume"}
     parser.set_defaults(**{name: value for name, value in stored.items() if name in known})
     args = parser.parse_args(argv)
+    for name in ("data", "cache", "logdir", "init"):  # so that they are found from any folder
+        value = getattr(args, name)
+        if (name, value) != ("data", "sample") and value not in INITS:
+            setattr(args, name, os.path.abspath(os.path.expanduser(value)))
     for name, value in vars(args).items():
         if name in known - MAY_CHANGE and stored.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
@@ -222,10 +237,6 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | Non
         parser.error(f"--epochs {args.epochs}: the run has trained {checkpoint['epoch']} already")
     if args.warmup_epochs >= args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs} leaves nothing of {args.epochs} epochs")
-    for name in ("data", "cache", "logdir", "init"):  # so that they are found from any folder
-        value = getattr(args, name)
-        if (name, value) != ("data", "sample") and value not in INITS:
-            setattr(args, name, os.path.abspath(os.path.expanduser(value)))
     if args.init not in INITS and not checkpoint and not os.path.isfile(args.init):
         parser.error(f"--init {args.init}: no such file, nor one of {', '.join(INITS)}")
     args.ckpt = ckpt
@@ -233,7 +244,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | Non
     return args, checkpoint
 
 
-def fit(recipe: dict, epochs: int) -> dict:
+def adapt(recipe: dict, epochs: int) -> dict:
     """Return a recipe for another number of epochs than 30.
 
     The warm-up is in proportion. A short run overfits less, so it needs less mixing, and it sees
@@ -267,11 +278,11 @@ def find_checkpoint(last: Path, resume: bool) -> dict | None:
     checkpoint = load(last, verify=os.environ.get("RANK", "0") == "0")
     if "optimizer" not in checkpoint:
         raise CheckpointError(f"{last}: is not for --resume; train.py names those NAME.last.pth")
-    if resume or checkpoint.get("job") == launch_id() is not None:
+    if resume:
         return checkpoint
-    if launch_id():
-        return None  # an earlier run's
-    raise CheckpointError(f"{last}: give torchrun --standalone or --rdzv-id, or use --resume")
+    if launch_id() is None:
+        raise CheckpointError(f"{last}: give torchrun --standalone or --rdzv-id, or use --resume")
+    return checkpoint if checkpoint.get("job") == launch_id() else None  # None: an earlier run's
 
 
 # ------------------------------------------------------------------------- device and processes
@@ -599,21 +610,23 @@ class Trainer:
         )
 
     def train_step(self, inputs: torch.Tensor, labels: torch.Tensor, images: int) -> None:
-        """Take a step on this process's share of a batch of `images`. The CPU waits for no GPU."""
+        """Take a step on this process's own of a batch of `images`. The CPU waits for no GPU."""
         args, rank = self.args, self.compute.rank
         progress = self.epoch + (self.step + 0.5) / self.steps
         self.optimizer.param_groups[0]["lr"] = learning_rate(args, progress)
         rng = random.Random(seed_of("cutmix", args.seed, self.epoch, self.step))
-        share = 1.0  # of each image that is its own
+        own = 1.0  # the share of each image that is its own
         if rng.random() < args.cutmix:
-            inputs, share = data.cutmix(inputs, rng)
+            inputs, own = data.cutmix(inputs, rng)
         torch.manual_seed(seed_of("dropout", args.seed, self.epoch, self.step, rank))
         with self.compute.autocast():
             logits = self.ddp(inputs)
             loss = self.loss(logits, labels)
-            if share < 1:
-                loss = share * loss + (1 - share) * self.loss(logits, labels.flip(0))
-            shown = F.cross_entropy(logits.detach(), labels, reduction="sum")  # as in validation
+            if own < 1:
+                loss = own * loss + (1 - own) * self.loss(logits, labels.flip(0))
+            plain_loss = F.cross_entropy(
+                logits.detach(), labels, reduction="sum"
+            )  # as in validation
         self.optimizer.zero_grad()
         # DDP averages over processes, so the gradient is that of the mean over the whole batch
         self.scaler.scale(loss * (self.compute.world_size / images)).backward()
@@ -624,7 +637,7 @@ class Trainer:
             average = get_ema_multi_avg_fn(decay)
             average(list(self.averaged.parameters()), list(self.network.parameters()), None)
         hits = (logits.detach().argmax(1) == labels).sum()
-        self.sums += torch.stack([shown, hits, torch.full_like(hits, len(labels))])
+        self.sums += torch.stack([plain_loss, hits, torch.full_like(hits, len(labels))])
         self.step += 1
 
     def end_epoch(self, train: tuple, valid: tuple, seconds: float) -> dict:
@@ -761,7 +774,7 @@ class Log:
         self.train = SummaryWriter(folder / "train", purge_step=purge)
         self.valid = SummaryWriter(folder / "valid", purge_step=purge)
 
-    def start(self, trainer: "Trainer", about: dict) -> None:
+    def start(self, trainer: Trainer, about: dict) -> None:
         """Log once what the run is: the network, its first batch, its arguments and images."""
         network, compute = trainer.network.eval(), trainer.compute
         rows, uniforms = trainer.epoch_plan()
@@ -839,7 +852,7 @@ def printable(value: object) -> str:
     return str(value).encode(errors="backslashreplace").decode()
 
 
-def run_folder(logdir: str, name: str | None, resumed: bool) -> Path:
+def new_run_folder(logdir: str, name: str | None, resumed: bool) -> Path:
     """Return the new folder of a run; a second run of one name gets `-2` behind it."""
     name = name or time.strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in itertools.count(1):
@@ -891,9 +904,9 @@ class Checkpoints:
         CheckpointError: the disk has too little space.
     """
 
-    def __init__(self, trainer: "Trainer", about: dict, history: list[dict], best: dict | None):
+    def __init__(self, trainer: Trainer, about: dict, history: list[dict], best: dict | None):
         self.trainer, self.about, self.history, self.best = trainer, about, history, best
-        self.ckpt, self.weights = trainer.args.ckpt, None
+        self.ckpt, self.weights, self.earlier = trainer.args.ckpt, None, False
         size = sum(p.nbytes for p in trainer.network.parameters())
         state = size * (4 if trainer.averaged else 3)  # Adam has two moments
         self.seconds = (size + state) / 100e6  # of the first save: a slow disk's
@@ -936,9 +949,9 @@ class Checkpoints:
         self.saved_at = time.perf_counter()
         self.seconds = self.saved_at - started
 
-    def save_if_due(self) -> None:
-        """Write both files unless that would take more than 5 % of the time."""
-        due = time.perf_counter() - self.saved_at >= 20 * self.seconds
+    def save_if_due(self, last: bool) -> None:
+        """Write both files; but for the last time, only if that takes at most 5 % of the time."""
+        due = last or time.perf_counter() - self.saved_at >= 20 * self.seconds
         if self.trainer.compute.max(due and self.trainer.compute.rank == 0):
             self.save()
 
@@ -952,9 +965,9 @@ def saved_best(ckpt: str, checkpoint: dict) -> dict | None:
         found = load(ckpt, verify=False)
         best = {name: found[name] for name in ("epoch", "valid_accuracy")}
         later = best["epoch"] > checkpoint["epoch"] and found["run"] == checkpoint["run"]
-        top = max(checkpoint["history"], key=lambda row: row["valid_accuracy"], default={})
-        same = found["split"] == checkpoint["split"] and (later or best.items() <= top.items())
-        return best if same else None
+        rows = {row["epoch"]: row for row in checkpoint["history"]}
+        own = later or best.items() <= rows.get(best["epoch"], {}).items()
+        return best if own and found["split"] == checkpoint["split"] else None
     except (CheckpointError, KeyError):  # missing, or another program's
         return None
 
@@ -1013,10 +1026,11 @@ def open_outputs(trainer: Trainer, manifest: dict, checkpoint: dict | None):
         "checksums": store.checksums,
     }
     checkpoints = Checkpoints(trainer, about, history, best)
-    checkpoints.earlier = not checkpoint and last_path(args.ckpt).exists()
+    files = Path(args.ckpt), last_path(args.ckpt)
+    checkpoints.earlier = not checkpoint and any(file.exists() for file in files)
     if compute.rank == 0:
         name = Path(checkpoint["run"]).name if checkpoint else args.name
-        folder = run_folder(args.logdir, name, resumed=bool(checkpoint))
+        folder = new_run_folder(args.logdir, name, resumed=bool(checkpoint))
         about["run"] = str(folder)
         started = bool(trainer.epoch or trainer.step)
         log = Log(folder, purge=trainer.epoch + 1 if started else None)
@@ -1041,7 +1055,7 @@ def print_opening(trainer: Trainer, checkpoints: Checkpoints, resumed: bool) -> 
     if resumed:
         print0(f"continuing after epoch {trainer.epoch}, step {trainer.step} of {trainer.steps}")
         if checkpoints.history and not checkpoints.best:
-            print0(f"{args.ckpt}: not the best weights of this run; only a later epoch's can be")
+            print0(f"{args.ckpt}: not this run's weights; only those of a later epoch can be saved")
     if checkpoints.earlier:
         print0(f"{args.ckpt} is of an earlier run, which this one replaces when it saves")
     if trainer.steps == 1:
@@ -1061,7 +1075,7 @@ def main(argv: list[str] | None = None) -> None:
     with lock, StopSignal(compute) as stop:
         checkpoints, log = open_outputs(trainer, manifest, checkpoint)
         del checkpoint  # as large as the trainer
-        history, first = checkpoints.history, trainer.epoch
+        history = checkpoints.history
         started = time.perf_counter() - trainer.seconds
         try:
             while trainer.epoch < args.epochs:
@@ -1075,10 +1089,11 @@ def main(argv: list[str] | None = None) -> None:
                 is_best = checkpoints.keep_best(history[-1])
                 if log:
                     log.epoch(history, checkpoints)
-                checkpoints.save_if_due()
+                checkpoints.save_if_due(last=trainer.epoch == args.epochs)
                 print_epoch(history, args.epochs, is_best)
         except BrokenPipeError:  # nobody reads the output
-            checkpoints.save()
+            if compute.world_size == 1:  # other processes do not know of it
+                checkpoints.save()
             raise
         except Interrupted as interrupted:
             advice = "the earlier run's checkpoints are kept"
@@ -1088,8 +1103,6 @@ def main(argv: list[str] | None = None) -> None:
             raise Interrupted(*interrupted.args, advice) from None
         finally:
             checkpoints.save_best()  # also when training breaks
-        if trainer.epoch > first:
-            checkpoints.save()
         if log:
             log.close()
     print_end(args, history, checkpoints.best)

@@ -76,7 +76,7 @@ def count_decoded() -> None:
 
 def save_and_die(step: int) -> None:
     """Save each epoch, and die after a step."""
-    train.Checkpoints.save_if_due = train.Checkpoints.save
+    train.Checkpoints.save_if_due = lambda self, last: self.save()
     after_step(step, send, signal.SIGKILL)
 
 
@@ -182,7 +182,7 @@ def test_restarted_workers_go_on_from_the_last_save_of_this_launch(
 
 
 def train_saving() -> None:
-    train.Checkpoints.save_if_due = train.Checkpoints.save
+    train.Checkpoints.save_if_due = lambda self, last: self.save()
 
 
 @thorough

@@ -98,7 +98,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(failing, tmp_path, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(model.CheckpointError, match=r"net.pth: .*No space left .* --resume"):
+    with pytest.raises(model.CheckpointError, match=r"net.pth: .*No space left .* untouched"):
         model.save({"step": 2}, path)
     assert torch.load(path) == {"step": 1}
     assert [*tmp_path.iterdir()] == [path]
