@@ -1174,7 +1174,8 @@ def run_command(main) -> None:
     except (DataError, CheckpointError, TrainingError) as error:
         message = f"error: {error}"
     except OSError as error:
-        place = os.fsdecode(error.filename or "output")
+        place = "output" if isinstance(error, BrokenPipeError) else "the log"
+        place = os.fsdecode(error.filename or place)
         message = f"error: {place}: {error.strerror or error}"
     except (RuntimeError, MemoryError) as error:
         message = f"error: {explain(error)}"

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import time
@@ -22,6 +21,8 @@ from commands import Command, after_step, one_line, run, score_as, send, thoroug
 import data
 import model
 import train
+
+resource = pytest.importorskip("resource", reason="full disks are imitated by limits of Unix")
 
 STRONG = ["--recipe", "strong", "--epochs", "3", "--repeats", "2", "--train-size", "64-96"]
 KILLS = 12 if "THOROUGH" in os.environ else 4  # for each recipe
@@ -516,8 +517,8 @@ def test_a_flipped_bit_is_noticed_or_harmless(copy):
 @pytest.mark.parametrize(
     ("before", "words"),
     [
-        pytest.param(partial(limit_files, 1_000_000), "alexnet.pth", id="at a save"),
-        pytest.param(partial(limit_files, 1000), "cannot be written", id="at the log"),
+        pytest.param(partial(limit_files, 1_000_000), r"alexnet\..*pth", id="at a save"),
+        pytest.param(partial(limit_files, 1000), "cannot be written|the log: ", id="at the log"),
         pytest.param(
             partial(limit_files, 1_000_000, send, signal.SIGTERM), "last.pth", id="at a signal"
         ),
@@ -527,7 +528,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_files(one_epoch, before, word
     kept = contents(one_epoch)
     argv, before = ["--epochs", 3, "--logdir", "runs"], partial(after_step, 3, before)
     failed = run("train", "--resume", *argv, folder=one_epoch, before=before, status=1)
-    assert words in one_line(failed)
+    assert re.search(words, one_line(failed))
     assert contents(one_epoch) == kept
     assert not leftovers(one_epoch)
 
@@ -552,7 +553,7 @@ def test_a_folder_that_fails_while_training_is_one_line(flags, tmp_path, action,
     argv = [*flags, "--epochs", 1, "--name", "run", "--ckpt", "sub/net.pth"]
     before = partial(after_step, 3, action)
     failed = run("train", *argv, folder=tmp_path, before=before, status=1)
-    assert words in one_line(failed)
+    assert re.search(words, one_line(failed))
     assert not leftovers(tmp_path)
     if words == "history.csv":
         assert model.load(tmp_path / "sub" / "net.pth")["epoch"] == 1  # the best weights are safe
