@@ -1169,6 +1169,8 @@ def run_command(main) -> None:
     except (KeyboardInterrupt, Interrupted) as interrupted:
         signum, *advice = interrupted.args or [signal.SIGINT]
         message, status = "; ".join(["interrupted", *advice]), 128 + signum
+        if isinstance(interrupted, Interrupted) and dist.is_initialized():
+            dist.destroy_process_group()  # all processes are here
         if rank != "0":
             sys.exit(status)
     except (DataError, CheckpointError, TrainingError) as error:
