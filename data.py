@@ -1,6 +1,6 @@
 """From folders of images to batches on the device.
 
-    store = ImageStore("data", cache=default_cache())  # decoded once, mapped into memory
+    store = ImageStore("data", cache=DEFAULT_CACHE)  # decoded once, mapped into memory
     manifest = split(store, seed=0)  # {"train": [paths], "valid": [paths], "test": [paths]}
     rows = store.rows(manifest["train"])
     images, labels = store.batch(rows[:64], device)  # uint8 (64, 3, 224, 224), int64 (64,)
@@ -14,7 +14,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import mmap
@@ -22,16 +21,14 @@ import os
 import random
 import re
 import shutil
-import sys
 import time
 import uuid
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +39,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 DEFAULT_DATA = "data"  # where Caltech101 is downloaded to
+DEFAULT_CACHE = os.path.join(torch.hub.get_dir(), "alexnet-caltech101")  # see TORCH_HOME
 CALTECH101_URL = "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip"
 CALTECH101_MD5 = "3138e1922a9193bfa496528edbbc45d0"
 CALTECH101_IMAGES = 8677  # without BACKGROUND_Google, which is not a class
@@ -58,6 +56,11 @@ DECODING = 2  # the version of `decode`: a new one makes caches of older ones st
 SIZE = 224  # pixels, height and width of a stored image
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in torchvision's weights
 DAY = 86_400  # seconds
+SUFFIXES = {  # of files that Pillow decodes without other programs
+    suffix
+    for suffix, kind in Image.registered_extensions().items()
+    if kind in set(Image.OPEN) - {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+}
 
 Image.MAX_IMAGE_PIXELS = 128_000_000  # Pillow refuses twice as many; here that is 1 GB as RGBA
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**27  # editors write megabytes
@@ -71,40 +74,18 @@ class DataError(Exception):
 # --------------------------------------------------------------------------- finding the images
 
 
-def default_cache() -> str:
-    """Return this program's folder in the user's cache folder, wherever the platform has that."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    if sys.platform == "win32":
-        home = os.environ.get("LOCALAPPDATA")
-    elif sys.platform == "darwin":
-        home = "~/Library/Caches"
-    return os.path.join(os.path.expanduser(home or "~/.cache"), "alexnet-caltech101")
-
-
-@functools.cache
-def suffixes() -> set[str]:
-    """Return the suffixes of the files that Pillow decodes by itself, such as .jpg."""
-    stubs = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # need other programs
-    known = Image.registered_extensions()
-    return {suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in stubs}
-
-
-def is_system(name: str) -> bool:
-    """Tell whether a file or folder is hidden or the system's, and holds no images of a class."""
-    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+def visible(names: Iterable[str]) -> list[str]:
+    """Return the names of files or folders that are neither hidden nor the system's, sorted."""
+    return sorted(n for n in names if not n.startswith(".") and n.lower() not in SYSTEM_FOLDERS)
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Return the names of a folder's folders and broken links, sorted, without the system's."""
-    return sorted(
-        path.name
-        for path in folder.iterdir()
-        if not is_system(path.name) and (path.is_dir() or not path.exists())
-    )
+    """Return the names of a folder's visible folders, sorted."""
+    return visible(path.name for path in folder.iterdir() if path.is_dir())
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder, however deep, without hidden files and system folders.
+    """Yield the visible files in a folder, however deep, and the folders that hold nothing.
 
     Links are followed. A link back to a folder above ends there.
 
@@ -115,22 +96,17 @@ def walk(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError):
         raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
-    if not folder.exists():  # a broken link
-        return
-    visited = {os.path.realpath(folder.parent)}
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(place)
-        if real in visited:
+        folders[:], files = visible(folders), visible(files)
+        if os.path.realpath(place) in map(os.path.realpath, Path(place).parents):
             folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = [name for name in folders if not is_system(name)]
-        yield from (Path(place, name) for name in files if not name.startswith("."))
+        else:
+            yield from (Path(place, name) for name in files or ([] if folders else [""]))
 
 
 def is_image(path: Path) -> bool:
     """Tell whether a file is an image by its name."""
-    return path.suffix.lower() in suffixes()
+    return path.suffix.lower() in SUFFIXES
 
 
 def locate(data: str, cache: str) -> Path:
@@ -149,7 +125,7 @@ def locate(data: str, cache: str) -> Path:
         if place.is_dir():
             while len(names := subfolders(place)) == 1 and subfolders(place / names[0]):
                 place = place / names[0]
-            if any(is_image(path) for name in names for path in walk(place / name)):
+            if any(is_image(path) for path in walk(place) if path.parent != place):
                 return place
     if folder.resolve() == Path(DEFAULT_DATA).resolve():
         return download(folder)
@@ -176,7 +152,7 @@ def download(folder: Path) -> Path:
             download_and_extract_archive(CALTECH101_URL, partial, md5=CALTECH101_MD5)
             extract_archive(partial / "caltech-101" / "101_ObjectCategories.tar.gz", partial)
         classes = partial / "101_ObjectCategories"
-        found = sum(is_image(path) for name in subfolders(classes) for path in walk(classes / name))
+        found = sum(map(is_image, walk(classes)))
         if found != CALTECH101_IMAGES:
             raise RuntimeError(f"{found} images arrived instead of {CALTECH101_IMAGES}")
         final.mkdir(exist_ok=True)
@@ -188,17 +164,6 @@ def download(folder: Path) -> Path:
             f"and the archive of images in it in {folder}, or try --data sample"
         ) from error
     return final / "101_ObjectCategories"
-
-
-class Found(NamedTuple):
-    """An image file, by its name alone: it is not opened."""
-
-    path: str  # relative to the root, with forward slashes
-    label: str  # the name of its class
-    part: str | None  # train, valid or test in a data set that is split already
-    size: int  # in bytes
-    modified: int  # in ns
-    changed: int  # in ns; a file that is moved here has an old `modified` and a new `changed`
 
 
 def part_of(name: str) -> str | None:
@@ -215,54 +180,53 @@ def class_in_part(path: str) -> str | None:
     return folders[0] if folders else None
 
 
-def find_parts(paths: list[str]) -> dict[str, str]:
-    """Return folder at the top -> train, valid or test; none in a data set that is not split.
+def classify(paths: list[str]) -> dict[str, tuple[str, str | None]]:
+    """Return path -> (class, part) by the names of folders; without a part if there are none.
 
-    A split one has train, with class folders, and another part. A part without any of train's
-    classes, such as images to predict, is left out.
+    A data set is split already if it has train, with class folders, and another part. What is in
+    no part or in no class folder is left out, and so is a part without any of train's classes,
+    such as images to predict.
 
     Raises:
         DataError: there are parts alone, but train is missing or has no class folders.
     """
-    classes = {}  # of each folder at the top
-    for path in paths:
-        classes.setdefault(path.split("/")[0], set()).add(class_in_part(path))
-    parts = {top: part for top in classes if (part := part_of(top))}
-    trained = set().union(*(classes[top] for top in parts if parts[top] == "train")) - {None}
+    tops = {path: path.partition("/")[0] for path in paths}
+    parts = {top: part for top in sorted(set(tops.values())) if (part := part_of(top))}
+    labels = {path: class_in_part(path) for path in paths if tops[path] in parts}
+    trained = {label for path, label in labels.items() if parts[tops[path]] == "train"} - {None}
     if trained and len(set(parts.values())) > 1:
-        return {top: part for top, part in parts.items() if classes[top] & trained}
-    if len(parts) == len(classes) > 1:
+        known = {tops[path] for path, label in labels.items() if label in trained}
+        return {
+            p: (label, parts[tops[p]]) for p, label in labels.items() if label and tops[p] in known
+        }
+    if len(parts) == len(set(tops.values())) > 1:
         raise DataError(
             f"{', '.join(parts)}: without class folders in train, nothing can be learned"
         )
-    return {}
+    return {path: (top, None) for path, top in tops.items()}
 
 
-def find_images(root: Path) -> tuple[list[Found], list[str]]:
-    """Return the images in `root`'s class folders, sorted, and notes about what is passed over."""
-    tops, paths, others, notes = subfolders(root), [], Counter(), []
-    for path in itertools.chain.from_iterable(walk(root / top) for top in tops):
-        if is_image(path):
-            paths.append(path.relative_to(root).as_posix())
-        elif path.name.lower() not in ("thumbs.db", "desktop.ini"):
+def find_images(root: Path) -> tuple[dict[str, tuple[str, str | None]], list[str]]:
+    """Return the images in `root`'s folders, sorted, and notes about what is passed over.
+
+    Images are path -> (class, part), as `classify` has it. A path is relative to `root`, with
+    forward slashes. No file is opened.
+    """
+    paths, folders, others = [], set(), Counter()
+    for path in walk(root):
+        relative = path.relative_to(root)
+        if path.is_dir() or not (path.exists() or is_image(path)):  # empty, or a broken link
+            folders.add(relative)
+        elif path.parent != root and is_image(path):
+            paths.append(relative.as_posix())
+        elif path.parent != root and path.name.lower() not in ("thumbs.db", "desktop.ini"):
+            folders.add(relative.parent)
             others[path.suffix.lower() or "without suffix"] += 1
-    parts, images, outside = find_parts(paths), [], Counter()
-    for path in sorted(paths):
-        top = path.split("/")[0]
-        label, part = (class_in_part(path), parts.get(top)) if parts else (top, None)
-        if label is None or (parts and not part):
-            outside[top] += 1
-            continue
-        status = os.stat(root / path, follow_symlinks=(root / path).exists())
-        times = status.st_mtime_ns, status.st_ctime_ns
-        images.append(Found(path, label, part, status.st_size, *times))
-    if parts:
-        tops = [top for top in tops if not outside[top]]
-        tops = [f"{top}/{name}" for top in tops for name in subfolders(root / top)]
-    used = {"/".join(path.split("/")[:depth]) for path in paths for depth in (1, 2)}
-    if empty := [name for name in tops if name not in used]:
-        notes.append(f"class folders without images: {shortened(empty)}")
-    for top, count in outside.items():
+    images, notes = classify(sorted(paths)), []
+    folders -= {parent for path in paths for parent in Path(path).parents}
+    if folders:
+        notes.append(f"folders without images: {shortened(sorted(map(Path.as_posix, folders)))}")
+    for top, count in Counter(p.partition("/")[0] for p in paths if p not in images).items():
         notes.append(f"{top}: {count} images in no class folder of train's are passed over")
     if others:
         kinds = [f"{count} {suffix}" for suffix, count in others.most_common()]
@@ -444,14 +408,12 @@ def complete_file(path: Path, mode: str = "wb", **options):
 
 def remove_stale(target: Path) -> None:
     """Remove the caches of images that have changed or are gone, and what killed processes left."""
-    for file in target.parent.glob("[0-9a-f]*-[0-9a-f]*.*"):
-        if not re.match("[0-9a-f]{16}-[0-9a-f]{16}[.]", file.name):  # another program's
-            continue
+    key = "[0-9a-f]" * 16
+    for file in target.parent.glob(f"{key}-{key}.*"):
         with contextlib.suppress(OSError, ValueError, KeyError):  # Windows keeps a mapped file
             if file.suffix == ".json":
-                changed = file.name.split("-")[0] == target.name.split("-")[0]
-                gone = not os.path.isdir(json.loads(file.read_bytes())["root"])
-                if gone or (changed and file.stem != target.name):
+                changed = file.name[:16] == target.name[:16] and file.stem != target.name
+                if changed or not os.path.isdir(json.loads(file.read_bytes())["root"]):
                     file.unlink()
                     file.with_suffix(".uint8").unlink()
             elif not file.with_suffix(".json").exists():
@@ -489,14 +451,13 @@ class ImageStore:
     def __init__(self, data: str, cache: str, skip_bad_images: bool = False):
         self.root = locate(data, cache)
         images, self.notes = find_images(self.root)
-        self.classes = sorted({image.label for image in images})
+        paths, self.classes = list(images), sorted({label for label, _ in images.values()})
         label = {name: index for index, name in enumerate(self.classes)}
-        self.labels = torch.tensor([label[image.label] for image in images])
-        self.parts = {image.path: image.part for image in images if image.part}
+        self.labels = torch.tensor([label[name] for name, _ in images.values()])
+        self.parts = {path: part for path, (_, part) in images.items() if part}
         if len(self.classes) < 2:
             raise DataError(f"{self.root}: at least two class folders with images are needed")
-        paths = [image.path for image in images]
-        key = digest([SIZE, DECODING, [tuple(image) for image in images]])
+        key = digest([SIZE, DECODING, [self.stamp(path) for path in paths]])
         target = Path(cache, f"{digest(os.path.realpath(self.root))}-{key}")
         self.pixels, description = self.map_cache(paths, target)
         checksums, errors = description["checksums"], description["errors"]
@@ -512,6 +473,14 @@ class ImageStore:
         self.checksums = {p: c for p, c in zip(paths, checksums, strict=True) if c}
         self._row = {path: row for row, path in enumerate(paths) if checksums[row]}
         self.paths = list(self._row)
+
+    def stamp(self, path: str) -> tuple:
+        """Return what tells one state of a file from another, without opening it.
+
+        A file that is moved here keeps its old time of modification and gets a new one of change.
+        """
+        status = os.stat(self.root / path, follow_symlinks=(self.root / path).exists())
+        return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def map_cache(self, paths: list[str], target: Path) -> tuple[torch.Tensor, dict]:
         """Return the pixels and their description from the cache; build it if need be."""

@@ -9,6 +9,7 @@ network = build(load("alexnet.pth"))
 
 import contextlib
 import os
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -202,21 +203,13 @@ def find_state_dict(checkpoint: dict, path: str | Path) -> dict:
     DataParallel and DDP put `module.` before or inside of a name, torch.compile `_orig_mod.`, and
     a class around the network the name of its attribute.
     """
+    own = re.compile(r"(?:.*\.)?(features|classifier)\.(?:module\.|_orig_mod\.)?(\d.*)")
     for candidate in (checkpoint, *checkpoint.values()):
         if isinstance(candidate, dict):
-            plain = {
-                str(name).replace("module.", "").replace("_orig_mod.", ""): value
-                for name, value in candidate.items()
-                if isinstance(value, torch.Tensor)
-            }
-            for name in plain:
-                if name.endswith("features.0.weight"):
-                    prefix = name.removesuffix("features.0.weight")
-                    return {
-                        name.removeprefix(prefix): value
-                        for name, value in plain.items()
-                        if name.startswith(prefix)
-                    }
+            names = {name: own.fullmatch(str(name)) for name in candidate}
+            weights = {f"{m[1]}.{m[2]}": candidate[name] for name, m in names.items() if m}
+            if "features.0.weight" in weights:
+                return weights
     raise CheckpointError(f"{path}: holds no AlexNet's weights, such as features.0.weight")
 
 

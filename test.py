@@ -24,10 +24,10 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from data import (
+    DEFAULT_CACHE,
     DataError,
     ImageStore,
     complete_file,
-    default_cache,
     is_image,
     memory_format,
     split,
@@ -280,7 +280,7 @@ def load_network(path: str, stride: int, compute: Compute) -> tuple[AlexNet, dic
         network = build(checkpoint, stride)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    defaults = {"data": "data", "cache": default_cache(), "test_size": 224, "precision": "auto"}
+    defaults = {"data": "data", "cache": DEFAULT_CACHE, "test_size": 224, "precision": "auto"}
     checkpoint["args"] = defaults | checkpoint.get("args", {})
     return network.to(compute.device, memory_format=memory_format(compute.device)), checkpoint
 
@@ -292,7 +292,11 @@ def predict(args: argparse.Namespace, network: AlexNet, checkpoint: dict, comput
     classes = checkpoint.get("classes", [f"class {label}" for label in range(count)])
     answers, rows = [], []
     for path in map(Path, args.images):
-        files = sorted(file for file in walk(path) if is_image(file)) if path.is_dir() else [path]
+        files = (
+            sorted(f for f in walk(path) if is_image(f) and f.is_file())
+            if path.is_dir()
+            else [path]
+        )
         if not files:
             answers.append({"path": str(path), "error": "no images in this folder"})
         for file in files:
@@ -331,7 +335,7 @@ def open_store(args: argparse.Namespace, checkpoint: dict, count: int) -> ImageS
         DataError: the classes are others.
     """
     trained = checkpoint["args"]
-    cache = args.cache or (trained["cache"] if Path(trained["cache"]).is_dir() else default_cache())
+    cache = args.cache or (trained["cache"] if Path(trained["cache"]).is_dir() else DEFAULT_CACHE)
     # the split says which images are needed; others may be unreadable
     store = ImageStore(args.data or trained["data"], cache, skip_bad_images=True)
     if checkpoint.get("classes", store.classes) != store.classes or len(store.classes) != count:

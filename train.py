@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import difflib
 import itertools
 import json
 import math
@@ -39,7 +38,6 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
@@ -87,16 +85,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, with the nearest flag for a misspelt one."""
+    """An argument parser whose errors are one line."""
 
     def __init__(self, prog: str, description: str, **options):
         options |= {"formatter_class": HelpFormatter, "allow_abbrev": False}
         super().__init__(prog, f"{prog} [flags]", description, **options)
 
     def error(self, message: str):
-        if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-            message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
 
@@ -132,23 +127,30 @@ def train_sizes(text: str) -> str:
     return text
 
 
-def add_experiment_flags(parser: Parser) -> None:
-    """Add the flags that decide what is trained; recipes set the defaults that are missing."""
+DEVICE = matching(r"auto|cpu|mps|cuda(:\d{1,2})?", "one of auto, cpu, mps, cuda, cuda:N")
+
+
+def get_parser(**options) -> Parser:
+    """Return the parser of train.py's flags. A recipe sets the defaults that are missing."""
+    parser = Parser("train.py", __doc__, **options)
     names = "|".join(data.AUGMENTATIONS)
     augment = matching(f"none|({names})(,({names}))*", f"none or some of {names}")
+    name = matching(r"(?!\.\.?$)[^/\\\ud800-\udfff]+", "a plain name, without folders")
+    ckpt = matching(r"(?s)(.*[/\\])?(?!\.+$)[^/\\]+", "the name of a file")
+    utf8 = matching(r"[^\ud800-\udfff]*", "text in UTF-8")
+    precisions = ["auto", "fp32", "bf16", "fp16"]
+
     add = parser.add_argument_group("experiment").add_argument
     add("--recipe", choices=list(RECIPES), default="report", help="defaults of other flags")
     add("--epochs", type=number(int, 1, 100_000), default=30, help="passes over the images")
-    add("--batch-size", type=number(int, 1, 65_536), default=64, help="images in a step, over "
-        "all processes")  # fmt: skip
+    add("--batch-size", type=number(int, 1, 65_536), default=64, help="of all processes together")
     add("--lr", type=number(float, 1e-12, 100), help="peak learning rate of Adam")
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate, after warm-up")
     add("--warmup-epochs", type=number(float, 0, 10_000), help="in which the learning rate rises")
     add("--weight-decay", type=number(float, 0, 100), help="decoupled, as in AdamW")
-    add("--label-smoothing", type=number(float, 0, 0.99), help="share of the target that is "
-        "spread evenly over all classes")  # fmt: skip
-    add("--logit-adjustment", type=number(float, 0, 10), help="favours rare classes: 1 makes all "
-        "equally likely a priori, 0 none (https://arxiv.org/abs/2007.07314)")  # fmt: skip
+    add("--label-smoothing", type=number(float, 0, 0.99), help="share of a target for all classes")
+    add("--logit-adjustment", type=number(float, 0, 10), help="1 makes rare classes as likely as "
+        "others, 0 does not (https://arxiv.org/abs/2007.07314)")  # fmt: skip
     add("--augment", type=augment, help=f"none, or some of {','.join(data.AUGMENTATIONS)}")
     add("--cutmix", type=number(float, 0, 1), help="share of the batches that CutMix mixes")
     add("--repeats", type=number(int, 1, 16), help="how often an image comes in an epoch, each "
@@ -156,44 +158,23 @@ def add_experiment_flags(parser: Parser) -> None:
     add("--train-size", type=train_sizes, help="pixels a side; A-B grows over 80 %% of the epochs")
     add("--test-size", type=number(int, 64, data.SIZE), help="pixels a side in validation and "
         "test; default: the largest --train-size, an eighth more with crops")  # fmt: skip
-    add("--ema", type=number(float, 0, 0.99999), help="decay a step of averaged weights, which "
-        "are then tested and saved; 0: no averaging")  # fmt: skip
+    add("--ema", type=number(float, 0, 0.99999), help="decay of averaged weights, which are then "
+        "tested and saved; 0: no averaging")  # fmt: skip
     add("--init", help="initial weights: default (PyTorch's), he (He's), whiten (he, and a first "
         "layer that whitens), or FILE: a checkpoint or other weights of AlexNet")  # fmt: skip
+    add("--stride", type=int, choices=[2, 4], default=2, help="of the first layer; torchvision: 4")
+    add("--dropout", type=number(float, 0, 0.99), help="of the inputs of two linear layers")
     add("--seed", type=number(int, 0, 2**32), default=0, help="of the split and all else random")
 
-
-DEVICE = matching(r"auto|cpu|mps|cuda(:\d{1,2})?", "one of auto, cpu, mps, cuda, cuda:N")
-
-
-def get_parser(**options) -> Parser:
-    """Return the parser of train.py's flags."""
-    name = matching(r"(?!\.\.?$)[^/\\\ud800-\udfff]+", "a plain name, without folders")
-    ckpt = matching(r"(?s)(.*[/\\])?(?!\.+$)[^/\\]+", "the name of a file")
-    utf8 = matching(r"[^\ud800-\udfff]*", "text in UTF-8")
-    parser = Parser("train.py", __doc__, **options)
-    add_experiment_flags(parser)
-
-    add = parser.add_argument_group("network").add_argument
-    add("--stride", type=int, choices=[2, 4], default=2, help="of the first layer; torchvision: 4")
-    add("--dropout", type=number(float, 0, 0.99), help="probability of zeroing an input of the "
-        "first two linear layers")  # fmt: skip
-
-    add = parser.add_argument_group("data").add_argument
+    add = parser.add_argument_group("data and machine").add_argument
     add("--data", default=data.DEFAULT_DATA, help="folder of class folders, or of train, val and "
         "test with class folders in each; 'sample': drawn images; Caltech101 is downloaded into "
         "the default")  # fmt: skip
-    add("--cache", type=utf8, default=data.default_cache(), help="folder for decoded images")
+    add("--cache", type=utf8, default=data.DEFAULT_CACHE, help="folder for decoded images")
     add("--skip-bad-images", action="store_true", help="continue without unreadable images")
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", type=DEVICE, default="auto", help="auto (cuda, else mps, else cpu), cpu, "
-        "mps, cuda or cuda:N")  # fmt: skip
-    precisions = ["auto", "fp32", "bf16", "fp16"]
-    add("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 where the "
-        "device computes so natively, else fp32")  # fmt: skip
-    add("--deterministic", action="store_true", help="on CUDA, deterministic algorithms "
-        "where PyTorch has them")  # fmt: skip
+    add("--device", type=DEVICE, default="auto", help="cpu, mps, cuda, cuda:N; auto: the best")
+    add("--precision", choices=precisions, default="auto", help="auto: what is fast on the device")
+    add("--deterministic", action="store_true", help="on CUDA, where PyTorch can")
 
     add = parser.add_argument_group("output").add_argument
     add("--name", type=name, help="of the run; default: date and time")
@@ -258,12 +239,6 @@ def adapt(recipe: dict, epochs: int) -> dict:
     }
 
 
-def launch_id() -> str | None:
-    """Return torchrun's id of this launch, which its restarts share; None without one."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if name == "none" else name
-
-
 def find_checkpoint(last: Path, resume: bool) -> dict | None:
     """Return the checkpoint to continue with: on --resume, or if torchrun has restarted us.
 
@@ -280,9 +255,10 @@ def find_checkpoint(last: Path, resume: bool) -> dict | None:
         raise CheckpointError(f"{last}: is not for --resume; train.py names those NAME.last.pth")
     if resume:
         return checkpoint
-    if launch_id() is None:
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's restarts share it
+    if launch == "none":
         raise CheckpointError(f"{last}: give torchrun --standalone or --rdzv-id, or use --resume")
-    return checkpoint if checkpoint.get("job") == launch_id() else None  # None: an earlier run's
+    return checkpoint if checkpoint.get("job") == launch else None  # None: an earlier run's
 
 
 # ------------------------------------------------------------------------- device and processes
@@ -371,16 +347,13 @@ def choose_precision(device: torch.device, choice: str) -> torch.dtype:
     if choice == "auto" and device.type == "cuda":
         choice = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     elif choice == "auto" and device.type == "cpu":
-        choice = "bf16" if cpu_features() & {"avx512_bf16", "amx_bf16"} else "fp32"
+        features, cpuinfo = set(), Path("/proc/cpuinfo")
+        if hasattr(torch.cpu, "get_capabilities"):  # older versions do not have it
+            features = {name for name, able in torch.cpu.get_capabilities().items() if able}
+        elif cpuinfo.exists():
+            features = set(cpuinfo.read_text().split())
+        choice = "bf16" if features & {"avx512_bf16", "amx_bf16"} else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choice, torch.float32)
-
-
-def cpu_features() -> set[str]:
-    """Return the names of the CPU's instruction sets, as far as torch or Linux tells them."""
-    if hasattr(torch.cpu, "get_capabilities"):  # older versions of torch do not have it
-        return {name for name, able in torch.cpu.get_capabilities().items() if able}
-    cpuinfo = Path("/proc/cpuinfo")
-    return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
 
 
 def device_name(device: torch.device) -> str:
@@ -512,14 +485,6 @@ def test_size(args: argparse.Namespace) -> int:
     return min(data.SIZE, largest * 9 // 64 * 8) if "crop" in args.augment else largest
 
 
-def ema_decay(limit: float, step: int) -> float:
-    """Return the decay of the averaged weights after `step` steps: short runs average over fewer.
-
-    The warm-up is that of TensorFlow's ExponentialMovingAverage and timm's ModelEmaV3.
-    """
-    return min(limit, (1 + step) / (10 + step))
-
-
 # ---------------------------------------------------------------------------------- training
 
 
@@ -633,9 +598,11 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.averaged:
-            decay = ema_decay(args.ema, self.epoch * self.steps + self.step)
-            average = get_ema_multi_avg_fn(decay)
-            average(list(self.averaged.parameters()), list(self.network.parameters()), None)
+            taken = self.epoch * self.steps + self.step
+            decay = min(args.ema, (1 + taken) / (10 + taken))  # warms up like timm's ModelEmaV3
+            get_ema_multi_avg_fn(decay)(
+                list(self.averaged.parameters()), list(self.network.parameters()), None
+            )
         hits = (logits.detach().argmax(1) == labels).sum()
         self.sums += torch.stack([plain_loss, hits, torch.full_like(hits, len(labels))])
         self.step += 1
@@ -760,28 +727,26 @@ def train_epoch(trainer: Trainer, stop: StopSignal) -> tuple[float, float]:
 
 
 class Log:
-    """What lies in a run's folder: events for TensorBoard, `history.csv` and `summary.json`.
+    """What lies in a run's folder: events for TensorBoard, `history.csv` and `summary.json`."""
 
-    Args:
-        folder: the run's.
-        purge: the first epoch that an earlier process may have logged and that comes again.
-    """
-
-    def __init__(self, folder: Path, purge: int | None):
-        self.folder = folder
-        for leftover in folder.glob("*.tmp"):  # of a process that was killed
+    def __init__(self, checkpoints: "Checkpoints"):
+        self.checkpoints, trainer = checkpoints, checkpoints.trainer
+        self.folder = Path(checkpoints.about["run"])
+        for leftover in self.folder.glob("*.tmp"):  # of a process that was killed
             leftover.unlink()
-        self.train = SummaryWriter(folder / "train", purge_step=purge)
-        self.valid = SummaryWriter(folder / "valid", purge_step=purge)
+        # what an earlier process logged of epochs that come again goes
+        purge = trainer.epoch + 1 if trainer.epoch or trainer.step else None
+        self.train = SummaryWriter(self.folder / "train", purge_step=purge)
+        self.valid = SummaryWriter(self.folder / "valid", purge_step=purge)
+        if purge is None:
+            self.start(trainer, checkpoints.about)
 
     def start(self, trainer: Trainer, about: dict) -> None:
         """Log once what the run is: the network, its first batch, its arguments and images."""
-        network, compute = trainer.network.eval(), trainer.compute
+        network, args = trainer.network.eval(), about["args"]
         rows, uniforms = trainer.epoch_plan()
         batch, _ = trainer.inputs(rows[:64], {name: u[:64] for name, u in uniforms.items()})
         self.train.add_image("first_batch", make_grid(data.to_pixels(batch), nrow=8), 0)
-        with torch.no_grad(), FlopCounterMode(display=False) as flops:
-            network(batch[:1])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TensorBoard's tracer is deprecated
             self.train.add_graph(network, batch[:1])
@@ -790,24 +755,21 @@ class Log:
             "images": ", ".join(f"{part} {len(paths)}" for part, paths in about["split"].items()),
             "classes": len(about["classes"]),
             "parameters": f"{sum(p.numel() for p in network.parameters()):,}",
-            "arithmetic": f"{flops.get_total_flops() / 1e9:.2f} GFLOP for an image, forward",
-            "computed on": f"{device_name(compute.device)}, {compute.dtype}",
-            **VERSIONS,
-            **about["args"],
+            "computed on": f"{device_name(trainer.compute.device)}, {trainer.compute.dtype}",
         }
-        self.train.add_text("run", table(["", ""], facts.items()), 0)
+        self.train.add_text("run", table(["", ""], (facts | VERSIONS | args).items()), 0)
         names = ["recipe", "epochs", "batch_size", "seed", "stride", *RECIPES["report"]]
-        chosen = {name: about["args"][name] for name in names}
+        chosen = {name: args[name] for name in names}
         for event in hparams(chosen, {"best_accuracy": None, "best_loss": None}):
             self.valid.file_writer.add_summary(event)
 
-    def epoch(self, history: list[dict], checkpoints: "Checkpoints") -> None:
-        """Log a completed epoch, the last row of `history`."""
-        row, best, about = history[-1], checkpoints.best, checkpoints.about
-        step = row["epoch"]
+    def epoch(self) -> None:
+        """Log a completed epoch, the last row of the history."""
+        history, best, about = (getattr(self.checkpoints, n) for n in ("history", "best", "about"))
+        row, step = history[-1], history[-1]["epoch"]
         for name in ("learning_rate", "images_per_second"):
             self.train.add_scalar(name, row[name], step)
-        weight = checkpoints.trainer.evaluated.features[0].weight
+        weight = self.checkpoints.trainer.evaluated.features[0].weight
         filters = make_grid(weight, nrow=8, padding=1, normalize=True, scale_each=True)
         filters = filters.repeat_interleave(4, 1).repeat_interleave(4, 2)
         self.train.add_image("filters", filters, step)
@@ -826,7 +788,7 @@ class Log:
             "command": about["command"],
             "arguments": about["args"],
             "versions": VERSIONS,
-            "checkpoint": os.path.abspath(checkpoints.ckpt),
+            "checkpoint": os.path.abspath(about["args"]["ckpt"]),
             "epochs": step,
             "best_epoch": best["epoch"],
             "best_accuracy": best["valid_accuracy"],
@@ -895,30 +857,49 @@ class Checkpoints:
     then the best weights stay in memory. They are written before the state, so a kill between the
     two leaves the best of a later epoch, and the resumed run takes that as its best.
 
-    Args:
+    Attributes:
         about: what both files hold besides.
         history: the rows of `history.csv`.
-        best: epoch and valid_accuracy of the weights in `--ckpt`; None if they are not this run's.
+        best: epoch and valid_accuracy of the best weights; None if `--ckpt` holds another run's.
 
     Raises:
         CheckpointError: the disk has too little space.
     """
 
-    def __init__(self, trainer: Trainer, about: dict, history: list[dict], best: dict | None):
-        self.trainer, self.about, self.history, self.best = trainer, about, history, best
-        self.ckpt, self.weights, self.earlier = trainer.args.ckpt, None, False
+    def __init__(self, trainer: Trainer, manifest: dict, checkpoint: dict | None):
+        args, store, self.trainer, self.weights = trainer.args, trainer.store, trainer, None
+        self.history = checkpoint["history"] if checkpoint else []
+        self.best = saved_best(args.ckpt, checkpoint) if checkpoint else None
         size = sum(p.nbytes for p in trainer.network.parameters())
         state = size * (4 if trainer.averaged else 3)  # Adam has two moments
         self.seconds = (size + state) / 100e6  # of the first save: a slow disk's
         self.saved_at = time.perf_counter()
-        files = [Path(self.ckpt), last_path(self.ckpt)]
-        present = sum(file.stat().st_size for file in files if file.is_file())
-        needed = max(size + 2 * state - present, state)  # a new state is written beside the old
-        if trainer.compute.rank == 0 and shutil.disk_usage(files[0].parent).free < needed:
-            raise CheckpointError(
-                f"{self.ckpt}: checkpoints need {needed / 1e6:.0f} MB there; free some space or "
-                "give another --ckpt"
-            )
+        files = [file for file in (Path(args.ckpt), last_path(args.ckpt)) if file.exists()]
+        self.earlier = bool(files and not checkpoint)  # an earlier run's
+        self.about = {
+            "classes": store.classes,
+            "stride": args.stride,
+            "seed": args.seed,
+            "size": args.test_size,  # with mean and std, what a script needs to use the weights
+            "mean": data.MEAN,
+            "std": data.STD,
+            "args": vars(args),
+            "versions": VERSIONS,
+            "command": shlex.join(["python", *sys.argv]),
+            "split": manifest,
+            "fingerprint": store.fingerprint,
+            "checksums": store.checksums,
+        }
+        if trainer.compute.rank == 0:
+            present = sum(file.stat().st_size for file in files)
+            needed = max(size + 2 * state - present, state)  # a new state is beside the old
+            if shutil.disk_usage(Path(args.ckpt).parent).free < needed:
+                raise CheckpointError(
+                    f"{args.ckpt}: checkpoints need {needed / 1e6:.0f} MB there; free some space "
+                    "or give another --ckpt"
+                )
+            name = Path(checkpoint["run"]).name if checkpoint else args.name
+            self.about["run"] = str(new_run_folder(args.logdir, name, resumed=bool(checkpoint)))
 
     def keep_best(self, row: dict) -> bool:
         """Keep the present weights if their validation accuracy is the best so far."""
@@ -934,7 +915,7 @@ class Checkpoints:
         """Write the best weights if `--ckpt` does not hold them yet."""
         if self.weights and self.trainer.compute.rank == 0:
             weights = {name: tensor.cpu() for name, tensor in self.weights.items()}
-            save(self.about | self.best | {"state_dict": weights}, self.ckpt)
+            save(self.about | self.best | {"state_dict": weights}, self.trainer.args.ckpt)
         self.weights = None
 
     def save(self) -> None:
@@ -944,8 +925,9 @@ class Checkpoints:
         self.save_best()
         if self.trainer.compute.rank == 0:
             accuracy = self.best["valid_accuracy"] if self.best else None
-            more = {"valid_accuracy": accuracy, "history": self.history, "job": launch_id()}
-            save(self.about | more | state, last_path(self.ckpt))
+            job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+            more = {"valid_accuracy": accuracy, "history": self.history, "job": job}
+            save(self.about | more | state, last_path(self.trainer.args.ckpt))
         self.saved_at = time.perf_counter()
         self.seconds = self.saved_at - started
 
@@ -1005,46 +987,12 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
     return trainer, manifest
 
 
-def open_outputs(trainer: Trainer, manifest: dict, checkpoint: dict | None):
-    """Return the run's checkpoints and, in process 0, its log; print what is trained on what."""
-    args, store, compute = trainer.args, trainer.store, trainer.compute
-    history, best, log = [], None, None
-    if checkpoint:
-        history, best = checkpoint["history"], saved_best(args.ckpt, checkpoint)
-    about = {
-        "classes": store.classes,
-        "stride": args.stride,
-        "seed": args.seed,
-        "size": args.test_size,  # with mean and std, what a script needs to use the weights
-        "mean": data.MEAN,
-        "std": data.STD,
-        "args": vars(args),
-        "versions": VERSIONS,
-        "command": shlex.join(["python", *sys.argv]),
-        "split": manifest,
-        "fingerprint": store.fingerprint,
-        "checksums": store.checksums,
-    }
-    checkpoints = Checkpoints(trainer, about, history, best)
-    files = Path(args.ckpt), last_path(args.ckpt)
-    checkpoints.earlier = not checkpoint and any(file.exists() for file in files)
-    if compute.rank == 0:
-        name = Path(checkpoint["run"]).name if checkpoint else args.name
-        folder = new_run_folder(args.logdir, name, resumed=bool(checkpoint))
-        about["run"] = str(folder)
-        started = bool(trainer.epoch or trainer.step)
-        log = Log(folder, purge=trainer.epoch + 1 if started else None)
-        if not started:
-            log.start(trainer, about)
-        print_opening(trainer, checkpoints, resumed=bool(checkpoint))
-    return checkpoints, log
-
-
-def print_opening(trainer: Trainer, checkpoints: Checkpoints, resumed: bool) -> None:
+def print_opening(checkpoints: Checkpoints, resumed: bool) -> None:
     """Print what is trained, on what, and where it goes."""
-    args, compute, about = trainer.args, trainer.compute, checkpoints.about
+    trainer, about = checkpoints.trainer, checkpoints.about
+    args, compute = trainer.args, trainer.compute
     train, valid, test = (len(about["split"][part]) for part in ("train", "valid", "test"))
-    print0(
+    print(
         f"recipe {args.recipe}: {args.epochs} epochs, batch {args.batch_size}, "
         f"{args.train_size} pixels (tested at {args.test_size}), "
         f"{str(compute.dtype).removeprefix('torch.')} on {device_name(compute.device)}\n"
@@ -1053,13 +1001,13 @@ def print_opening(trainer: Trainer, checkpoints: Checkpoints, resumed: bool) -> 
         f"log in {shown(about['run'])}, best weights in {args.ckpt}"
     )
     if resumed:
-        print0(f"continuing after epoch {trainer.epoch}, step {trainer.step} of {trainer.steps}")
+        print(f"continuing after epoch {trainer.epoch}, step {trainer.step} of {trainer.steps}")
         if checkpoints.history and not checkpoints.best:
-            print0(f"{args.ckpt}: not this run's weights; only those of a later epoch can be saved")
+            print(f"{args.ckpt}: not this run's weights; only those of a later epoch can be saved")
     if checkpoints.earlier:
-        print0(f"{args.ckpt} is of an earlier run, which this one replaces when it saves")
+        print(f"{args.ckpt} is of an earlier run, which this one replaces when it saves")
     if trainer.steps == 1:
-        print0(f"{train} images are one batch of {args.batch_size}: one step an epoch")
+        print(f"{train} images are one batch of {args.batch_size}: one step an epoch")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1073,7 +1021,10 @@ def main(argv: list[str] | None = None) -> None:
     labels = store.labels.cpu()[rows]
     lock = hold(args.ckpt) if compute.rank == 0 else contextlib.nullcontext()
     with lock, StopSignal(compute) as stop:
-        checkpoints, log = open_outputs(trainer, manifest, checkpoint)
+        checkpoints = Checkpoints(trainer, manifest, checkpoint)
+        log = Log(checkpoints) if compute.rank == 0 else None
+        if log:
+            print_opening(checkpoints, resumed=bool(checkpoint))
         del checkpoint  # as large as the trainer
         history = checkpoints.history
         started = time.perf_counter() - trainer.seconds
@@ -1088,7 +1039,7 @@ def main(argv: list[str] | None = None) -> None:
                 started = now  # so an epoch's seconds include the saving of the one before
                 is_best = checkpoints.keep_best(history[-1])
                 if log:
-                    log.epoch(history, checkpoints)
+                    log.epoch()
                 checkpoints.save_if_due(last=trainer.epoch == args.epochs)
                 print_epoch(history, args.epochs, is_best)
         except BrokenPipeError:  # nobody reads the output

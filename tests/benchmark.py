@@ -245,7 +245,7 @@ def main() -> None:
     args.flags = ["--data", where, "--stride", str(args.stride), "--device", args.device]
     args.steps = args.steps or (60 if args.device == "cuda" else 2)
     args.workers = [0, 4, 8] if args.device == "cuda" else [0, 2]
-    args.store = data.ImageStore(where, data.default_cache())  # decoded here, once
+    args.store = data.ImageStore(where, data.DEFAULT_CACHE)  # decoded here, once
     if args.child:
         return train_in_turns(args, *args.child.split())
     device = f"{train.device_name(torch.device(args.device))}, torch {torch.__version__}"

@@ -60,8 +60,8 @@ def refuse(program: str, *argv, folder: Path, status: int = 1) -> str:
         ("--logit-adjustment -1", 2, "--logit-adjustment"),
         ("--init nowhere", 2, "nowhere"),
         ("--init file.txt", 1, "file.txt"),
-        ("--epoch 3", 2, "did you mean --epochs?"),
-        ("--batchsize=3", 2, "did you mean --batch-size?"),
+        ("--epoch 3", 2, "unrecognized arguments: --epoch 3"),
+        ("--batchsize=3", 2, "--batchsize=3"),
         ("--warmup-epochs 5 --epochs 5", 2, "--warmup-epochs 5"),
         ("--name a/b", 2, "--name"),
         ("--name ..", 2, "--name"),
@@ -339,5 +339,6 @@ def test_odd_content_of_folders(argv, album, here):
         "star/deep/deeper/a/a.jpg",
         "lonely/a.jpg",
     }
-    assert "files that are not images by their names: 2 .txt, 1 without suffix\n" in output
+    assert "folders without images: star/a folder.jpg, star/itself\n" in output
+    assert "files that are not images by their names: 2 .txt\n" in output
     assert "lonely/a.jpg" in model.load(here / "alexnet.pth")["split"]["train"]
