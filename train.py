@@ -1114,14 +1114,13 @@ def run_command(main) -> None:
     status, rank = 1, os.environ.get("RANK", "0")
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
         return
     except (KeyboardInterrupt, Interrupted) as interrupted:
         signum, *advice = interrupted.args or [signal.SIGINT]
         message, status = "; ".join(["interrupted", *advice]), 128 + signum
-        if isinstance(interrupted, Interrupted) and dist.is_initialized():
-            dist.destroy_process_group()  # all processes are here
+        if isinstance(interrupted, Interrupted):
+            leave_group()  # all processes are here
         if rank != "0":
             sys.exit(status)
     except (DataError, CheckpointError, TrainingError) as error:
@@ -1136,6 +1135,14 @@ def run_command(main) -> None:
         time.sleep(5)
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def leave_group() -> None:
+    """Leave the other processes, where there are any."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # another process is gone
+            dist.barrier()  # meanwhile gloo frees our tensors: older versions deadlock over that
+        dist.destroy_process_group()
 
 
 def explain(error: Exception) -> str:
