@@ -106,7 +106,7 @@ def walk(folder: Path) -> Iterator[Path]:
 
 def is_image(path: Path) -> bool:
     """Tell whether a file is an image by its name."""
-    return path.suffix.lower() in SUFFIXES
+    return path.suffix.lower() in SUFFIXES and not path.is_dir()
 
 
 def locate(data: str, cache: str) -> Path:

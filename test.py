@@ -49,33 +49,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     path = os.path.expanduser
     add("--ckpt", type=path, default="alexnet.pth", help="checkpoint to test")
     add("--split", choices=["test", "valid", "train"], default="test", help="part of the split")
-    add("--data", type=path, help="as for train.py (default: where it was trained)")
-    add("--cache", type=path, help="folder for the decoded images (default: the training's)")
-    add("--json", type=path, nargs="?", const="-", metavar="FILE", help="write the results, or "
-        "print them")  # fmt: skip
-    add("--predictions", type=path, metavar="FILE", help="write a CSV file, a row for each image")
+    add("--data", type=path, help="as for train.py; default: where it was trained")
+    add("--cache", type=path, help="folder for the decoded images; default: the training's")
     add(
-        "--flip", action="store_true", help="also test with the mean over each image and its mirror"
+        "--json", type=path, nargs="?", const="-", help="write the results to a file, or print them"
     )
-    add("--versus", type=path, metavar="FILE", help="compare with another checkpoint")
-    add(
-        "--images",
-        type=path,
-        nargs="+",
-        metavar="PATH",
-        help="classify images, or those in folders",
-    )
+    add("--predictions", type=path, help="write a CSV file, a row for each image")
+    add("--flip", action="store_true", help="also test the mean over each image and its mirror")
+    add("--versus", type=path, help="compare with another checkpoint on the same images")
+    add("--images", type=path, nargs="+", help="classify images, or those in folders")
     add("--device", type=DEVICE, default="auto", help="as for train.py")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the training's)")
-    add("--logdir", type=path, help="write events under this folder (default: the run's)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: the training's")
+    add("--logdir", type=path, help="write events under this folder; default: the run's")
     add("--seed", type=int, default=0, help="of the split, for weights without")
     add("--stride", type=int, choices=[2, 4], default=2, help="for weights that do not hold it")
     args = parser.parse_args(argv)
     for name in ("data", "cache", "split", "flip", "versus", "logdir"):
         if args.images and getattr(args, name) != parser.get_default(name):
-            parser.error(
-                f"--{name} needs the data set, which --images does not use; give one of the two"
-            )
+            parser.error(f"--images needs no data set; --{name} does: give one of the two")
     return args
 
 
@@ -268,8 +259,8 @@ def write_predictions(target: str | None, rows: list[list]) -> None:
         print(f"predictions written to {target}", file=sys.stderr)
 
 
-def load_network(path: str, stride: int, compute: Compute) -> tuple[AlexNet, dict]:
-    """Return the network in a checkpoint, on the device, and the rest of the checkpoint.
+def load_network(path: str, stride: int) -> tuple[AlexNet, dict]:
+    """Return the network in a checkpoint, on the CPU, and the checkpoint.
 
     Its "args" are those of the training, or those of the report for weights of another script.
     """
@@ -282,7 +273,7 @@ def load_network(path: str, stride: int, compute: Compute) -> tuple[AlexNet, dic
         raise CheckpointError(f"{path}: {error}") from error
     defaults = {"data": "data", "cache": DEFAULT_CACHE, "test_size": 224, "precision": "auto"}
     checkpoint["args"] = defaults | checkpoint.get("args", {})
-    return network.to(compute.device, memory_format=memory_format(compute.device)), checkpoint
+    return network, checkpoint
 
 
 @torch.inference_mode()
@@ -290,42 +281,34 @@ def predict(args: argparse.Namespace, network: AlexNet, checkpoint: dict, comput
     """Print the five likeliest classes of each of `--images`; return whether all can be read."""
     count = network.classifier[-1].out_features
     classes = checkpoint.get("classes", [f"class {label}" for label in range(count)])
-    answers, rows = [], []
+    files, answers, rows = [], [], []
     for path in map(Path, args.images):
-        files = (
-            sorted(f for f in walk(path) if is_image(f) and f.is_file())
-            if path.is_dir()
-            else [path]
-        )
-        if not files:
-            answers.append({"path": str(path), "error": "no images in this folder"})
-        for file in files:
-            image, _, error = try_decode(file)
-            if error:
-                answers.append({"path": str(file), "error": error})
-                continue
-            images = image.permute(2, 0, 1)[None].to(compute.device)
-            with compute.autocast():
-                logits = network(to_inputs(images, checkpoint["args"]["test_size"]))
-            likely = logits[0].float().softmax(0).topk(min(5, count))
-            guesses = [
-                {"class": classes[label], "probability": probability}
-                for label, probability in zip(
-                    likely.indices.tolist(), likely.values.tolist(), strict=True
-                )
-            ]
-            answers.append({"path": str(file), "predictions": guesses})
-            rows.append([file, "", guesses[0]["class"], guesses[0]["probability"], ""])
-    for answer in answers:
-        if "error" in answer:
-            print(f"test.py: {answer['path']}: {answer['error']}", file=sys.stderr)
-        elif args.json != "-":
-            print(answer["path"])
-            for guess in answer["predictions"]:
+        found = sorted(filter(is_image, walk(path))) if path.is_dir() else [path]
+        files += found or [path]
+    for file in files:
+        pixels, _, error = try_decode(file)
+        if error:
+            error = "no images in this folder" if file.is_dir() else error
+            print(f"test.py: {file}: {error}", file=sys.stderr)
+            answers.append({"path": str(file), "error": error})
+            continue
+        images = pixels.permute(2, 0, 1)[None].to(compute.device)
+        with compute.autocast():
+            logits = network(to_inputs(images, checkpoint["args"]["test_size"]))
+        likely = logits[0].float().softmax(0).topk(min(5, count))
+        guesses = [
+            {"class": classes[label], "probability": probability}
+            for probability, label in zip(*map(torch.Tensor.tolist, likely), strict=True)
+        ]
+        answers.append({"path": str(file), "predictions": guesses})
+        rows.append([file, "", guesses[0]["class"], guesses[0]["probability"], ""])
+        if args.json != "-":
+            print(file)
+            for guess in guesses:
                 print(f"  {100 * guess['probability']:5.1f} %  {guess['class']}")
     write_json(args.json, answers)
     write_predictions(args.predictions, rows)
-    return not any("error" in answer for answer in answers)
+    return len(rows) == len(answers)
 
 
 def open_store(args: argparse.Namespace, checkpoint: dict, count: int) -> ImageStore:
@@ -371,7 +354,8 @@ def compare(args, paths: list[str], hits: torch.Tensor, store: ImageStore, rows,
     Raises:
         DataError: its images or classes are others.
     """
-    network, other = load_network(args.versus, args.stride, compute)
+    network, other = load_network(args.versus, args.stride)
+    network = network.to(compute.device, memory_format=memory_format(compute.device))
     if sorted(other.get("split", {}).get(args.split, [])) != sorted(paths):
         raise DataError(f"{args.versus}: its {args.split} split is not that of {args.ckpt}")
     if other.get("classes") != store.classes:  # labels mean other things
@@ -418,9 +402,9 @@ def report(args, checkpoint: dict, store: ImageStore, paths: list[str], logits, 
 def main(argv: list[str] | None = None) -> None:
     """Test or predict as `argv` says (default: the command line)."""
     args = parse(argv)
-    trained = load(args.ckpt, verify=False).get("args", {})
-    compute = set_up(args.device, args.precision or trained.get("precision", "auto"))
-    network, checkpoint = load_network(args.ckpt, args.stride, compute)
+    network, checkpoint = load_network(args.ckpt, args.stride)
+    compute = set_up(args.device, args.precision or checkpoint["args"]["precision"])
+    network = network.to(compute.device, memory_format=memory_format(compute.device))
     if args.images:
         sys.exit(0 if compute.rank or predict(args, network, checkpoint, compute) else 1)
 
