@@ -140,11 +140,12 @@ def summary(result: dict, args: argparse.Namespace) -> str:
         lines.append(f"with the mirror image: accuracy {result['flip_accuracy']:.2f} %")
     if "versus" in result:
         other, p = result["versus"], result["versus"]["p_value"]
-        direction = "better" if other["difference"] >= 0 else "worse"
+        points = f"{abs(other['difference']):.2f} points "
+        points += "better" if other["difference"] > 0 else "worse"
         verdict = "more than chance explains" if p < 0.05 else "chance alone may explain it"
         lines.append(
             f"versus {args.versus}: accuracy {other['accuracy']:.2f} %; {args.ckpt} is "
-            f"{abs(other['difference']):.2f} points {direction}, "
+            f"{points if other['difference'] else 'equally good'}, "
             f"p = {p:.2g} (McNemar, exact): {verdict}"
         )
         if args.split == "test":
@@ -344,6 +345,9 @@ def warn(args: argparse.Namespace, checkpoint: dict, store: ImageStore, manifest
             notes.append(
                 f"{len(copies)} images, such as {copies[0]!r}, are copies of training images"
             )
+        seen = set(checkpoint.get("seen", []))
+        if known := sum(store.checksums[path] in seen for path in manifest[args.split]):
+            notes.append(f"{known} images are among those that the initial weights were trained on")
     for note in notes:
         print(f"test.py: {note}", file=sys.stderr)
 
@@ -357,13 +361,20 @@ def compare(args, paths: list[str], hits: torch.Tensor, store: ImageStore, rows,
     network, other = load_network(args.versus, args.stride)
     network = network.to(compute.device, memory_format=memory_format(compute.device))
     if sorted(other.get("split", {}).get(args.split, [])) != sorted(paths):
-        raise DataError(f"{args.versus}: its {args.split} split is not that of {args.ckpt}")
+        raise DataError(
+            f"{args.versus}: its {args.split} split is not that of {args.ckpt}: "
+            "another --seed, or other images"
+        )
     if other.get("classes") != store.classes:  # labels mean other things
         raise DataError(f"{args.versus}: its classes are not those of {args.ckpt}")
     logits = evaluate(network, store, rows, other["args"]["test_size"], compute)
     other_hits = logits.argmax(1) == store.labels.cpu()[rows]
     ours, theirs = (100 * h.float().mean().item() for h in (hits, other_hits))
-    return {"accuracy": theirs, "difference": ours - theirs, "p_value": mcnemar(hits, other_hits)}
+    return {
+        "accuracy": theirs,
+        "difference": ours - theirs,
+        "p_value": mcnemar(hits, other_hits),
+    }
 
 
 def test_folder(args: argparse.Namespace, checkpoint: dict) -> Path:

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import difflib
 import itertools
 import json
 import math
@@ -85,13 +86,16 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line, with the nearest flag for a misspelt one."""
 
     def __init__(self, prog: str, description: str, **options):
         options |= {"formatter_class": HelpFormatter, "allow_abbrev": False}
         super().__init__(prog, f"{prog} [flags]", description, **options)
 
     def error(self, message: str):
+        if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
 
@@ -119,6 +123,11 @@ def matching(pattern: str, meaning: str):
     return check
 
 
+def utf8(text: str) -> str:
+    """Refuse bytes that are no text, which the log cannot hold, for argparse's `type`."""
+    return text.encode().decode()
+
+
 def train_sizes(text: str) -> str:
     """Check --train-size, for argparse's `type`."""
     low, high = size_range(text) if re.fullmatch(r"\d+(-\d+)?", text) else (0, 0)
@@ -135,9 +144,7 @@ def get_parser(**options) -> Parser:
     parser = Parser("train.py", __doc__, **options)
     names = "|".join(data.AUGMENTATIONS)
     augment = matching(f"none|({names})(,({names}))*", f"none or some of {names}")
-    name = matching(r"(?!\.\.?$)[^/\\\ud800-\udfff]+", "a plain name, without folders")
-    ckpt = matching(r"(?s)(.*[/\\])?(?!\.+$)[^/\\]+", "the name of a file")
-    utf8 = matching(r"[^\ud800-\udfff]*", "text in UTF-8")
+    name = matching(r"\w[^/\\\ud800-\udfff]*", "a name without folders")  # but with UTF-8
     precisions = ["auto", "fp32", "bf16", "fp16"]
 
     add = parser.add_argument_group("experiment").add_argument
@@ -178,7 +185,7 @@ def get_parser(**options) -> Parser:
 
     add = parser.add_argument_group("output").add_argument
     add("--name", type=name, help="of the run; default: date and time")
-    add("--ckpt", type=ckpt, help="best weights; NAME.last.pth beside it is for --resume")
+    add("--ckpt", help="best weights; NAME.last.pth beside it is for --resume")
     add("--resume", action="store_true", help="continue the run of --ckpt, with its arguments")
     add("--logdir", type=utf8, default="runs", help="folder of the runs, for TensorBoard")
     return parser
@@ -197,7 +204,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | Non
     """
     first, _ = get_parser(add_help=False).parse_known_args(argv)
     parser, recipe = get_parser(), RECIPES[first.recipe]
-    ckpt = os.path.expanduser(first.ckpt or f"{first.name or 'alexnet'}.pth")
+    default = f"{first.name or 'alexnet'}.pth"
+    ckpt = os.path.expanduser(default if first.ckpt is None else first.ckpt)
+    if os.path.basename(ckpt) in ("", ".", ".."):
+        parser.error(f"--ckpt {ckpt!r}: is not the name of a file")
     if Path(ckpt).stem.endswith(".last"):
         parser.error(f"--ckpt {ckpt}: NAME.last.pth lies beside NAME.pth; give NAME.pth")
     parser.set_defaults(**adapt(recipe, first.epochs), ckpt=ckpt)
@@ -213,7 +223,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | Non
     for name, value in vars(args).items():
         if name in known - MAY_CHANGE and stored.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} {value}: the run in {last_path(ckpt)} has {stored[name]}")
+            parser.error(
+                f"{flag} {value}: the run in {last_path(ckpt)} has {stored[name]}, for good; start "
+                f"another, perhaps with --init {ckpt} --name NEW"
+            )
     if checkpoint and args.epochs < checkpoint["epoch"]:
         parser.error(f"--epochs {args.epochs}: the run has trained {checkpoint['epoch']} already")
     if args.warmup_epochs >= args.epochs:
@@ -249,7 +262,7 @@ def find_checkpoint(last: Path, resume: bool) -> dict | None:
     if not resume and not (restarted and last.exists()):
         return None
     if not last.exists():
-        raise CheckpointError(f"{last}: nothing to resume; start the run without --resume")
+        raise CheckpointError(f"{last}: nothing to resume; give the run's --name or --ckpt")
     checkpoint = load(last, verify=os.environ.get("RANK", "0") == "0")
     if "optimizer" not in checkpoint:
         raise CheckpointError(f"{last}: is not for --resume; train.py names those NAME.last.pth")
@@ -488,11 +501,12 @@ def test_size(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------- training
 
 
-def initial_network(args: argparse.Namespace, store: ImageStore, rows: torch.Tensor) -> AlexNet:
+def initial_network(args, store: ImageStore, rows: torch.Tensor, source: dict | None) -> AlexNet:
     """Return the network with the initial weights that `--init` names, on the CPU.
 
     Args:
         rows: those of the training images in `store`, in random order.
+        source: the checkpoint to take weights from, where `--init` names a file.
     """
     torch.manual_seed(args.seed)
     network = AlexNet(len(store.classes), args.stride, args.dropout)
@@ -501,13 +515,19 @@ def initial_network(args: argparse.Namespace, store: ImageStore, rows: torch.Ten
     if args.init == "whiten":
         images, _ = store.batch(rows[:256].to(store.pixels.device), torch.device("cpu"))
         whiten(network.features[0], to_inputs(images, size_range(args.train_size)[0]))
-    if args.init not in INITS:
-        checkpoint = load(args.init)
-        new = transfer(network, checkpoint, store.classes)
+    if source:
+        new = transfer(network, source, store.classes)
         print0(f"initial weights from {args.init}{', the last layer anew' if new else ''}")
-        if checkpoint.get("stride", 4) != args.stride:  # torchvision's do not hold it
-            print0(f"{args.init} may need --stride {checkpoint.get('stride', 4)}")
+        if source.get("stride", 4) != args.stride:  # torchvision's do not hold it
+            print0(f"{args.init} may need --stride {source.get('stride', 4)}")
     return network
+
+
+def seen_images(source: dict) -> set[int]:
+    """Return the checksums of the images that a checkpoint's weights were trained on."""
+    checksums = source.get("checksums", {})
+    train = {checksums.get(path) for path in source.get("split", {}).get("train", [])}
+    return train.union(source.get("seen", [])) - {None}
 
 
 class Trainer:
@@ -738,26 +758,28 @@ class Log:
         purge = trainer.epoch + 1 if trainer.epoch or trainer.step else None
         self.train = SummaryWriter(self.folder / "train", purge_step=purge)
         self.valid = SummaryWriter(self.folder / "valid", purge_step=purge)
+        about = checkpoints.about
         if purge is None:
-            self.start(trainer, checkpoints.about)
+            self.start(trainer, about["args"])
+        facts = {
+            "command": f"`{about['command']}`",
+            "images": ", ".join(f"{part} {len(paths)}" for part, paths in about["split"].items()),
+            "classes": len(about["classes"]),
+            "parameters": f"{sum(p.numel() for p in trainer.network.parameters()):,}",
+            "computed on": f"{device_name(trainer.compute.device)}, {trainer.compute.dtype}",
+        }
+        facts |= VERSIONS | about["args"]
+        self.train.add_text("run", table(["", ""], facts.items()), trainer.epoch)
 
-    def start(self, trainer: Trainer, about: dict) -> None:
-        """Log once what the run is: the network, its first batch, its arguments and images."""
-        network, args = trainer.network.eval(), about["args"]
+    def start(self, trainer: Trainer, args: dict) -> None:
+        """Log once the network, its first images, and the arguments for HPARAMS."""
+        network = trainer.network.eval()
         rows, uniforms = trainer.epoch_plan()
         batch, _ = trainer.inputs(rows[:64], {name: u[:64] for name, u in uniforms.items()})
         self.train.add_image("first_batch", make_grid(data.to_pixels(batch), nrow=8), 0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TensorBoard's tracer is deprecated
             self.train.add_graph(network, batch[:1])
-        facts = {
-            "command": f"`{about['command']}`",
-            "images": ", ".join(f"{part} {len(paths)}" for part, paths in about["split"].items()),
-            "classes": len(about["classes"]),
-            "parameters": f"{sum(p.numel() for p in network.parameters()):,}",
-            "computed on": f"{device_name(trainer.compute.device)}, {trainer.compute.dtype}",
-        }
-        self.train.add_text("run", table(["", ""], (facts | VERSIONS | args).items()), 0)
         names = ["recipe", "epochs", "batch_size", "seed", "stride", *RECIPES["report"]]
         chosen = {name: args[name] for name in names}
         for event in hparams(chosen, {"best_accuracy": None, "best_loss": None}):
@@ -840,7 +862,7 @@ def hold(ckpt: str):
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TrainingError(f"{ckpt}: another run writes it now; give --name") from None
+            raise TrainingError(f"{ckpt}: another run writes it now; give another --name") from None
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
         try:
@@ -866,7 +888,7 @@ class Checkpoints:
         CheckpointError: the disk has too little space.
     """
 
-    def __init__(self, trainer: Trainer, manifest: dict, checkpoint: dict | None):
+    def __init__(self, trainer: Trainer, manifest: dict, seen: set, checkpoint: dict | None):
         args, store, self.trainer, self.weights = trainer.args, trainer.store, trainer, None
         self.history = checkpoint["history"] if checkpoint else []
         self.best = saved_best(args.ckpt, checkpoint) if checkpoint else None
@@ -876,6 +898,8 @@ class Checkpoints:
         self.saved_at = time.perf_counter()
         files = [file for file in (Path(args.ckpt), last_path(args.ckpt)) if file.exists()]
         self.earlier = bool(files and not checkpoint)  # an earlier run's
+        commands = [checkpoint.get("command", "")] if checkpoint else []
+        commands.append(shlex.join(["python", *sys.argv]))
         self.about = {
             "classes": store.classes,
             "stride": args.stride,
@@ -885,10 +909,11 @@ class Checkpoints:
             "std": data.STD,
             "args": vars(args),
             "versions": VERSIONS,
-            "command": shlex.join(["python", *sys.argv]),
+            "command": "; ".join(commands),  # of a resumed run, all of them
             "split": manifest,
             "fingerprint": store.fingerprint,
             "checksums": store.checksums,
+            "seen": sorted(seen),
         }
         if trainer.compute.rank == 0:
             present = sum(file.stat().st_size for file in files)
@@ -902,10 +927,13 @@ class Checkpoints:
             self.about["run"] = str(new_run_folder(args.logdir, name, resumed=bool(checkpoint)))
 
     def keep_best(self, row: dict) -> bool:
-        """Keep the present weights if their validation accuracy is the best so far."""
-        best, accuracy = self.best, row["valid_accuracy"]
-        if best and accuracy <= best["valid_accuracy"] and row["epoch"] != best["epoch"]:
-            return False
+        """Keep the present weights if they are the best so far: at equal accuracy, by the loss."""
+        accuracy, loss = row["valid_accuracy"], row["valid_loss"]
+        if self.best and row["epoch"] != self.best["epoch"]:
+            losses = {each["epoch"]: each["valid_loss"] for each in self.history}
+            best = self.best["valid_accuracy"], -losses.get(self.best["epoch"], -math.inf)
+            if (accuracy, -loss) <= best:
+                return False
         self.best = {"epoch": row["epoch"], "valid_accuracy": accuracy}
         state = self.trainer.evaluated.state_dict()
         self.weights = {name: tensor.clone() for name, tensor in state.items()}
@@ -957,8 +985,10 @@ def saved_best(ckpt: str, checkpoint: dict) -> dict | None:
 # -------------------------------------------------------------------------------------- main
 
 
-def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trainer, dict]:
-    """Return the trainer, where `checkpoint` left it, and the manifest of the split.
+def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trainer, dict, set]:
+    """Return the trainer, where `checkpoint` left it, the manifest of the split, and what is seen.
+
+    Seen are the images, by their checksums, that the initial weights were trained on.
 
     Raises:
         DataError: the images cannot be used, or are not those of `checkpoint`.
@@ -966,8 +996,11 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
     with compute.first_on_machine():
         store = ImageStore(args.data, args.cache, args.skip_bad_images)
     if checkpoint and checkpoint["fingerprint"] != store.fingerprint:
-        changes = store.changes(checkpoint.get("checksums", store.checksums)) or "restore them"
-        raise DataError(f"{store.root}: its images have changed since the run began: {changes}")
+        changes = store.changes(checkpoint.get("checksums", store.checksums)) or "some"
+        raise DataError(
+            f"{store.root}: its images have changed since the run began: {changes}; restore them, "
+            "or start another run, perhaps with --init"
+        )
     manifest = checkpoint["split"] if checkpoint else split(store, args.seed)
     rows = store.rows(manifest["train"])
     untrained = sorted(set(store.labels.tolist()) - set(store.labels[rows].tolist()))
@@ -979,12 +1012,20 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
     store.move_to(compute.device)
     if checkpoint:
         network = AlexNet(len(store.classes), args.stride, args.dropout)
+        seen = set(checkpoint.get("seen", []))
     else:
-        network = initial_network(args, store, rows)
+        source = load(args.init) if args.init not in INITS else None
+        network = initial_network(args, store, rows, source)
+        seen = seen_images(source or {})
+        others = [store.checksums[path] for path in manifest["valid"] + manifest["test"]]
+        if known := sum(checksum in seen for checksum in others):
+            print0(
+                f"{args.init} was trained on {known} of {len(others)} validation and test images"
+            )
     trainer = Trainer(args, store, rows, compute, network)
     if checkpoint:
         trainer.load_state_dict(checkpoint)
-    return trainer, manifest
+    return trainer, manifest, seen
 
 
 def print_opening(checkpoints: Checkpoints, resumed: bool) -> None:
@@ -992,22 +1033,24 @@ def print_opening(checkpoints: Checkpoints, resumed: bool) -> None:
     trainer, about = checkpoints.trainer, checkpoints.about
     args, compute = trainer.args, trainer.compute
     train, valid, test = (len(about["split"][part]) for part in ("train", "valid", "test"))
-    print(
-        f"recipe {args.recipe}: {args.epochs} epochs, batch {args.batch_size}, "
+    print0(
+        f"recipe {args.recipe}: {args.epochs} epochs of {trainer.steps} steps, "
+        f"batch {args.batch_size}, "
         f"{args.train_size} pixels (tested at {args.test_size}), "
         f"{str(compute.dtype).removeprefix('torch.')} on {device_name(compute.device)}\n"
         f"{len(about['classes'])} classes, {train} training, {valid} validation and {test} test "
         f"images: one validation image is {100 / valid:.2g} points\n"
+        f"classes: {data.shortened(about['classes'], 10)}\n"
         f"log in {shown(about['run'])}, best weights in {args.ckpt}"
     )
     if resumed:
-        print(f"continuing after epoch {trainer.epoch}, step {trainer.step} of {trainer.steps}")
+        print0(f"continuing after epoch {trainer.epoch}, step {trainer.step} of {trainer.steps}")
         if checkpoints.history and not checkpoints.best:
-            print(f"{args.ckpt}: not this run's weights; only those of a later epoch can be saved")
+            print0(f"{args.ckpt}: not this run's weights; only those of a later epoch can be saved")
     if checkpoints.earlier:
-        print(f"{args.ckpt} is of an earlier run, which this one replaces when it saves")
+        print0(f"{args.ckpt} is of an earlier run, which this one replaces when it saves")
     if trainer.steps == 1:
-        print(f"{train} images are one batch of {args.batch_size}: one step an epoch")
+        print0(f"{train} images are one batch of {args.batch_size}: one step an epoch")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1016,12 +1059,12 @@ def main(argv: list[str] | None = None) -> None:
     compute = set_up(args.device, args.precision, args.deterministic)
     if args.batch_size % compute.world_size:
         raise TrainingError(f"--batch-size must be a multiple of {compute.world_size} processes")
-    trainer, manifest = build_trainer(args, checkpoint, compute)
+    trainer, manifest, seen = build_trainer(args, checkpoint, compute)
     store, rows = trainer.store, trainer.store.rows(manifest["valid"])
     labels = store.labels.cpu()[rows]
     lock = hold(args.ckpt) if compute.rank == 0 else contextlib.nullcontext()
     with lock, StopSignal(compute) as stop:
-        checkpoints = Checkpoints(trainer, manifest, checkpoint)
+        checkpoints = Checkpoints(trainer, manifest, seen, checkpoint)
         log = Log(checkpoints) if compute.rank == 0 else None
         if log:
             print_opening(checkpoints, resumed=bool(checkpoint))

@@ -478,6 +478,21 @@ def test_training_begins_with_the_weights_of_a_file(trained, flags, tmp_path):
     assert "a.pth: refused" in one_line(refused)
 
 
+def test_images_that_the_initial_weights_have_seen_are_counted(trained, flags, tmp_path):
+    source = model.load(trained / "alexnet.pth")
+    argv = [*flags, "--epochs", 1, "--seed", 1, "--init", trained / "alexnet.pth"]
+    begun = run("train", *argv, folder=tmp_path).stdout
+    split = model.load(tmp_path / "alexnet.pth")["split"]
+    known = [p for p in split["valid"] + split["test"] if p in source["split"]["train"]]
+    assert f"was trained on {len(known)} of 16 validation and test images" in begun
+    run("train", "--resume", "--epochs", 2, folder=tmp_path)
+    known = [path for path in split["test"] if path in source["split"]["train"]]
+    found = run("test", folder=tmp_path).stderr
+    assert f"{len(known)} images are among those that the initial weights were trained on" in found
+    same_seed = run("train", *argv, "--seed", 0, "--name", "b", folder=tmp_path)
+    assert "was trained on" not in same_seed.stdout
+
+
 # --------------------------------------------------------------------------- damaged checkpoints
 
 
@@ -581,7 +596,7 @@ def test_a_second_run_on_a_checkpoint_is_refused_and_harms_nothing(flags, traine
     first = Command("train", *argv, folder=tmp_path, before=before)
     first.wait_for((tmp_path / "alexnet.pth.lock").exists)
     second = run("train", *argv, "--seed", 1, folder=tmp_path, status=1)
-    assert "alexnet.pth: another run writes it now; give --name" in one_line(second)
+    assert "alexnet.pth: another run writes it now; give another --name" in one_line(second)
     assert (tmp_path / "alexnet.pth.lock").exists()
     (tmp_path / "go").touch()
     assert first.wait() == 0, first.stderr

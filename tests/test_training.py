@@ -195,14 +195,16 @@ def test_saving_takes_at_most_5_percent_of_the_time(make, monkeypatch, tmp_path)
         clock[0] += 8 if Path(path).stem == "net" else 30
 
     monkeypatch.setattr(train, "save", save_slowly)
-    checkpoints = train.Checkpoints(make("--ckpt", tmp_path / "net.pth"), {}, None)
+    checkpoints = train.Checkpoints(make("--ckpt", tmp_path / "net.pth"), {}, set(), None)
     estimate = checkpoints.seconds
     assert estimate == pytest.approx(
         4 * sum(p.nbytes for p in checkpoints.trainer.network.parameters()) / 1e8
     )
     for epoch in range(1, 301):
         clock[0] += 10
-        checkpoints.keep_best({"epoch": epoch, "valid_accuracy": 60 - abs(200 - epoch) / 10})
+        row = {"epoch": epoch, "valid_accuracy": 60 - abs(200 - epoch) / 10, "valid_loss": 1.0}
+        checkpoints.history.append(row)
+        checkpoints.keep_best(row)
         checkpoints.save_if_due(last=False)
     spent = clock[0] - 3000
     assert 0.03 < spent / clock[0] < 0.05
@@ -213,13 +215,26 @@ def test_saving_takes_at_most_5_percent_of_the_time(make, monkeypatch, tmp_path)
     assert saves[count:] == ["net.last.pth"]  # the best was on disk already
 
 
+def test_of_epochs_with_equal_accuracy_the_lower_loss_is_the_best(make, tmp_path):
+    checkpoints = train.Checkpoints(make("--ckpt", tmp_path / "net.pth"), {}, set(), None)
+    kept = []
+    for epoch, (accuracy, loss) in enumerate([(40, 3), (40, 2), (40, 2), (30, 1), (50, 9)], 1):
+        checkpoints.history.append({"epoch": epoch, "valid_accuracy": accuracy, "valid_loss": loss})
+        kept.append(checkpoints.keep_best(checkpoints.history[-1]))
+    assert kept == [True, True, False, False, True]
+    checkpoints.best = {"epoch": 9, "valid_accuracy": 50}  # saved by a process that was killed
+    assert not checkpoints.keep_best({"epoch": 6, "valid_accuracy": 50, "valid_loss": 0})
+    assert checkpoints.keep_best({"epoch": 9, "valid_accuracy": 50, "valid_loss": 1})
+
+
 # ------------------------------------------------------------------------------- the command line
 
 
 def test_checkpoints_are_plain_and_hold_what_testing_and_resuming_need(trained):
     best, last = (torch.load(trained / f"alexnet{n}.pth", weights_only=True) for n in ("", ".last"))
     about = (
-        "classes stride seed size mean std args versions run command split fingerprint checksums"
+        "classes stride seed size mean std args versions run command split fingerprint checksums "
+        "seen"
     )
     assert best.keys() == {*about.split(), "epoch", "valid_accuracy", "state_dict"}
     state = "averaged optimizer scaler step sums seconds history job"
@@ -325,6 +340,8 @@ def test_a_run_resumed_twice_logs_what_an_unbroken_one_does(flags, trained, tmp_
     run("train", "--name", "run", "--resume", folder=tmp_path)
     unbroken, broken = logged(trained / "runs" / "run"), logged(tmp_path / "runs" / "run")
     assert unbroken.keys() == broken.keys()
+    arguments = ("train", "run/text_summary")  # once more after each resumption
+    assert (unbroken.pop(arguments)[0], broken.pop(arguments)) == (0, [0, 0, 1])
     for tag in unbroken:
         assert unbroken[tag] == broken[tag], tag
 
