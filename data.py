@@ -43,9 +43,10 @@ DEFAULT_CACHE = os.path.join(torch.hub.get_dir(), "alexnet-caltech101")  # see T
 CALTECH101_URL = "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip"
 CALTECH101_MD5 = "3138e1922a9193bfa496528edbbc45d0"
 CALTECH101_IMAGES = 8677  # without BACKGROUND_Google, which is not a class
-SYSTEM_FOLDERS = {
+SYSTEM_NAMES = {
     "#recycle", "#snapshot", "$recycle.bin", "@eadir", "@tmp", "__macosx", "__pycache__",
     "background_google", "lost+found", "recycler", "system volume information",
+    "thumbs.db", "desktop.ini",
 }  # fmt: skip
 PARTS = {  # words in the name of a folder that holds a ready-made part of the split
     "train": {"train", "training", "trainset", "trainval"},
@@ -76,7 +77,7 @@ class DataError(Exception):
 
 def visible(names: Iterable[str]) -> list[str]:
     """Return the names of files or folders that are neither hidden nor the system's, sorted."""
-    return sorted(n for n in names if not n.startswith(".") and n.lower() not in SYSTEM_FOLDERS)
+    return sorted(n for n in names if not n.startswith(".") and n.lower() not in SYSTEM_NAMES)
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -84,8 +85,8 @@ def subfolders(folder: Path) -> list[str]:
     return visible(path.name for path in folder.iterdir() if path.is_dir())
 
 
-def walk(folder: Path) -> Iterator[Path]:
-    """Yield the visible files in a folder, however deep, and the folders that hold nothing.
+def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield a folder and those in it, however deep, each with the names of its visible files.
 
     Links are followed. A link back to a folder above ends there.
 
@@ -97,16 +98,21 @@ def walk(folder: Path) -> Iterator[Path]:
         raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:], files = visible(folders), visible(files)
+        folders[:] = visible(folders)
         if os.path.realpath(place) in map(os.path.realpath, Path(place).parents):
             folders.clear()
         else:
-            yield from (Path(place, name) for name in files or ([] if folders else [""]))
+            yield Path(place), visible(files)
 
 
-def is_image(path: Path) -> bool:
+def is_image(name: str) -> bool:
     """Tell whether a file is an image by its name."""
-    return path.suffix.lower() in SUFFIXES and not path.is_dir()
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def images_in(folder: Path) -> Iterator[Path]:
+    """Yield the images in a folder, however deep."""
+    return (place / name for place, files in walk(folder) for name in files if is_image(name))
 
 
 def locate(data: str, cache: str) -> Path:
@@ -125,7 +131,7 @@ def locate(data: str, cache: str) -> Path:
         if place.is_dir():
             while len(names := subfolders(place)) == 1 and subfolders(place / names[0]):
                 place = place / names[0]
-            if any(is_image(path) for path in walk(place) if path.parent != place):
+            if any(True for name in names for _ in images_in(place / name)):
                 return place
     if folder.resolve() == Path(DEFAULT_DATA).resolve():
         return download(folder)
@@ -152,7 +158,7 @@ def download(folder: Path) -> Path:
             download_and_extract_archive(CALTECH101_URL, partial, md5=CALTECH101_MD5)
             extract_archive(partial / "caltech-101" / "101_ObjectCategories.tar.gz", partial)
         classes = partial / "101_ObjectCategories"
-        found = sum(map(is_image, walk(classes)))
+        found = sum(1 for _ in images_in(classes))
         if found != CALTECH101_IMAGES:
             raise RuntimeError(f"{found} images arrived instead of {CALTECH101_IMAGES}")
         final.mkdir(exist_ok=True)
@@ -212,20 +218,20 @@ def find_images(root: Path) -> tuple[dict[str, tuple[str, str | None]], list[str
     Images are path -> (class, part), as `classify` has it. A path is relative to `root`, with
     forward slashes. No file is opened.
     """
-    paths, folders, others = [], set(), Counter()
-    for path in walk(root):
-        relative = path.relative_to(root)
-        if path.is_dir() or not (path.exists() or is_image(path)):  # empty, or a broken link
-            folders.add(relative)
-        elif path.parent != root and is_image(path):
-            paths.append(relative.as_posix())
-        elif path.parent != root and path.name.lower() not in ("thumbs.db", "desktop.ini"):
-            folders.add(relative.parent)
-            others[path.suffix.lower() or "without suffix"] += 1
+    paths, empty, others = [], set(), Counter()
+    for place, files in walk(root):
+        folder = place.relative_to(root)
+        images = list(filter(is_image, files))
+        rest = [name for name in files if not is_image(name)]
+        empty.update(folder / name for name in rest if not (place / name).exists())  # broken links
+        if place != root:
+            paths += [(folder / name).as_posix() for name in images]
+            others.update(os.path.splitext(n)[1].lower() or "without suffix" for n in rest)
+            if not images:
+                empty.add(folder)
     images, notes = classify(sorted(paths)), []
-    folders -= {parent for path in paths for parent in Path(path).parents}
-    if folders:
-        notes.append(f"folders without images: {shortened(sorted(map(Path.as_posix, folders)))}")
+    if empty := empty - {parent for path in paths for parent in Path(path).parents}:
+        notes.append(f"folders without images: {shortened(sorted(map(Path.as_posix, empty)))}")
     for top, count in Counter(p.partition("/")[0] for p in paths if p not in images).items():
         notes.append(f"{top}: {count} images in no class folder of train's are passed over")
     if others:
@@ -479,7 +485,10 @@ class ImageStore:
 
         A file that is moved here keeps its old time of modification and gets a new one of change.
         """
-        status = os.stat(self.root / path, follow_symlinks=(self.root / path).exists())
+        try:
+            status = os.stat(self.root / path)
+        except OSError:  # a broken link
+            status = os.lstat(self.root / path)
         return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def map_cache(self, paths: list[str], target: Path) -> tuple[torch.Tensor, dict]:

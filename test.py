@@ -28,12 +28,11 @@ from data import (
     DataError,
     ImageStore,
     complete_file,
-    is_image,
+    images_in,
     memory_format,
     split,
     to_inputs,
     try_decode,
-    walk,
 )
 from model import AlexNet, CheckpointError, build, load
 from train import DEVICE, Compute, Parser, evaluate, printable, run_command, score, set_up, table
@@ -284,8 +283,7 @@ def predict(args: argparse.Namespace, network: AlexNet, checkpoint: dict, comput
     classes = checkpoint.get("classes", [f"class {label}" for label in range(count)])
     files, answers, rows = [], [], []
     for path in map(Path, args.images):
-        found = sorted(filter(is_image, walk(path))) if path.is_dir() else [path]
-        files += found or [path]
+        files += sorted(images_in(path)) or [path] if path.is_dir() else [path]
     for file in files:
         pixels, _, error = try_decode(file)
         if error:

@@ -155,18 +155,15 @@ def get_parser(**options) -> Parser:
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate, after warm-up")
     add("--warmup-epochs", type=number(float, 0, 10_000), help="in which the learning rate rises")
     add("--weight-decay", type=number(float, 0, 100), help="decoupled, as in AdamW")
-    add("--label-smoothing", type=number(float, 0, 0.99), help="share of a target for all classes")
-    add("--logit-adjustment", type=number(float, 0, 10), help="1 makes rare classes as likely as "
-        "others, 0 does not (https://arxiv.org/abs/2007.07314)")  # fmt: skip
+    add("--label-smoothing", type=number(float, 0, 0.99), help="share of a label for all classes")
+    add("--logit-adjustment", type=number(float, 0, 10), help="1 favours rare classes, 0 does not")
     add("--augment", type=augment, help=f"none, or some of {','.join(data.AUGMENTATIONS)}")
     add("--cutmix", type=number(float, 0, 1), help="share of the batches that CutMix mixes")
-    add("--repeats", type=number(int, 1, 16), help="how often an image comes in an epoch, each "
-        "time augmented anew, in one batch (https://arxiv.org/abs/1901.09335)")  # fmt: skip
+    add("--repeats", type=number(int, 1, 16), help="how often an image comes in an epoch")
     add("--train-size", type=train_sizes, help="pixels a side; A-B grows over 80 %% of the epochs")
     add("--test-size", type=number(int, 64, data.SIZE), help="pixels a side in validation and "
         "test; default: the largest --train-size, an eighth more with crops")  # fmt: skip
-    add("--ema", type=number(float, 0, 0.99999), help="decay of averaged weights, which are then "
-        "tested and saved; 0: no averaging")  # fmt: skip
+    add("--ema", type=number(float, 0, 0.99999), help="decay of averaged weights; 0: no averaging")
     add("--init", help="initial weights: default (PyTorch's), he (He's), whiten (he, and a first "
         "layer that whitens), or FILE: a checkpoint or other weights of AlexNet")  # fmt: skip
     add("--stride", type=int, choices=[2, 4], default=2, help="of the first layer; torchvision: 4")
@@ -571,7 +568,11 @@ class Trainer:
         return self.averaged or self.network
 
     def epoch_plan(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return this epoch's rows of the store in order, and the random numbers of each."""
+        """Return this epoch's rows of the store in order, and the random numbers of each.
+
+        The repeats of an image, augmented each in its own way, come in one batch
+        (https://arxiv.org/abs/1901.09335).
+        """
         seed, images, repeats = self.args.seed, len(self.rows), self.args.repeats
         order = torch.randperm(images, generator=generator("order", seed, self.epoch))
         order = (order[:, None] * repeats + torch.arange(repeats)).flatten()
@@ -586,7 +587,11 @@ class Trainer:
         return to_inputs(images, size, uniforms), labels
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the summed loss: cross-entropy with smoothed labels and adjusted logits."""
+        """Return the summed cross-entropy, with smoothed labels and adjusted logits.
+
+        Adjusted by the classes' frequencies in training (https://arxiv.org/abs/2007.07314), the
+        logits of rare classes must be larger.
+        """
         args = self.args
         if args.logit_adjustment:
             logits = logits + args.logit_adjustment * self.log_prior

@@ -340,5 +340,5 @@ def test_odd_content_of_folders(argv, album, here):
         "lonely/a.jpg",
     }
     assert "folders without images: star/a folder.jpg, star/itself\n" in output
-    assert "files that are not images by their names: 2 .txt\n" in output
+    assert "files that are not images by their names: 2 .txt, 1 without suffix\n" in output
     assert "lonely/a.jpg" in model.load(here / "alexnet.pth")["split"]["train"]
