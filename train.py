@@ -178,7 +178,7 @@ def get_parser(**options) -> Parser:
     add("--skip-bad-images", action="store_true", help="continue without unreadable images")
     add("--device", type=DEVICE, default="auto", help="cpu, mps, cuda, cuda:N; auto: the best")
     add("--precision", choices=precisions, default="auto", help="auto: what is fast on the device")
-    add("--deterministic", action="store_true", help="on CUDA, where PyTorch can")
+    add("--deterministic", action="store_true", help="the same numbers again on CUDA")
 
     add = parser.add_argument_group("output").add_argument
     add("--name", type=name, help="of the run; default: date and time")
@@ -221,8 +221,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | Non
         if name in known - MAY_CHANGE and stored.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
             parser.error(
-                f"{flag} {value}: the run in {last_path(ckpt)} has {stored[name]}, for good; start "
-                f"another, perhaps with --init {ckpt} --name NEW"
+                f"{flag} {value}: the run in {last_path(ckpt)} has {stored[name]}, which "
+                f"cannot change; start another run, perhaps with --init {ckpt} --name NEW"
             )
     if checkpoint and args.epochs < checkpoint["epoch"]:
         parser.error(f"--epochs {args.epochs}: the run has trained {checkpoint['epoch']} already")
