@@ -88,7 +88,7 @@ def subfolders(folder: Path) -> list[str]:
 def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """Yield a folder and those in it, however deep, each with the names of its visible files.
 
-    Links are followed. A link back to a folder above ends there.
+    Links are followed, but not back to a folder above, nor twice to one below a folder of `folder`.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -97,11 +97,15 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     def refuse(error: OSError):
         raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
+    visited = set()
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = visible(folders)
-        if os.path.realpath(place) in map(os.path.realpath, Path(place).parents):
+        real, top = os.path.realpath(place), Path(place).relative_to(folder).parts[:1]
+        above = map(os.path.realpath, Path(os.path.abspath(place)).parents)
+        if (top, real) in visited or real in above:
             folders.clear()
         else:
+            visited.add((top, real))
             yield Path(place), visible(files)
 
 
@@ -223,7 +227,8 @@ def find_images(root: Path) -> tuple[dict[str, tuple[str, str | None]], list[str
         folder = place.relative_to(root)
         images = list(filter(is_image, files))
         rest = [name for name in files if not is_image(name)]
-        empty.update(folder / name for name in rest if not (place / name).exists())  # broken links
+        links = (name for name in rest if "." not in name and not (place / name).exists())
+        empty.update(folder / name for name in links)  # to a drive that is not there
         if place != root:
             paths += [(folder / name).as_posix() for name in images]
             others.update(os.path.splitext(n)[1].lower() or "without suffix" for n in rest)

@@ -203,13 +203,18 @@ def find_state_dict(checkpoint: dict, path: str | Path) -> dict:
     DataParallel and DDP put `module.` before or inside of a name, torch.compile `_orig_mod.`, and
     a class around the network the name of its attribute.
     """
-    own = re.compile(r"(?:.*\.)?(features|classifier)\.(?:module\.|_orig_mod\.)?(\d.*)")
     for candidate in (checkpoint, *checkpoint.values()):
         if isinstance(candidate, dict):
-            names = {name: own.fullmatch(str(name)) for name in candidate}
-            weights = {f"{m[1]}.{m[2]}": candidate[name] for name, m in names.items() if m}
-            if "features.0.weight" in weights:
-                return weights
+            plain = {
+                re.sub(r"\b(module|_orig_mod)\.", "", str(name)): value
+                for name, value in candidate.items()
+                if isinstance(value, torch.Tensor)
+            }
+            for first in plain:
+                if first.endswith("features.0.weight"):
+                    prefix = first.removesuffix("features.0.weight")
+                    own = [name for name in plain if name.startswith(prefix)]
+                    return {name.removeprefix(prefix): plain[name] for name in own}
     raise CheckpointError(f"{path}: holds no AlexNet's weights, such as features.0.weight")
 
 

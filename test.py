@@ -361,7 +361,7 @@ def compare(args, paths: list[str], hits: torch.Tensor, store: ImageStore, rows,
     if sorted(other.get("split", {}).get(args.split, [])) != sorted(paths):
         raise DataError(
             f"{args.versus}: its {args.split} split is not that of {args.ckpt}: "
-            "another --seed, or other images"
+            f"{'another --seed, or other images' if 'split' in other else 'it has none'}"
         )
     if other.get("classes") != store.classes:  # labels mean other things
         raise DataError(f"{args.versus}: its classes are not those of {args.ckpt}")

@@ -144,7 +144,7 @@ def get_parser(**options) -> Parser:
     parser = Parser("train.py", __doc__, **options)
     names = "|".join(data.AUGMENTATIONS)
     augment = matching(f"none|({names})(,({names}))*", f"none or some of {names}")
-    name = matching(r"\w[^/\\\ud800-\udfff]*", "a name without folders")  # but with UTF-8
+    name = matching(r"(?!\.\.?$)[^/\\\ud800-\udfff]+", "a name, in UTF-8, without folders")
     precisions = ["auto", "fp32", "bf16", "fp16"]
 
     add = parser.add_argument_group("experiment").add_argument
@@ -164,8 +164,8 @@ def get_parser(**options) -> Parser:
     add("--test-size", type=number(int, 64, data.SIZE), help="pixels a side in validation and "
         "test; default: the largest --train-size, an eighth more with crops")  # fmt: skip
     add("--ema", type=number(float, 0, 0.99999), help="decay of averaged weights; 0: no averaging")
-    add("--init", help="initial weights: default (PyTorch's), he (He's), whiten (he, and a first "
-        "layer that whitens), or FILE: a checkpoint or other weights of AlexNet")  # fmt: skip
+    add("--init", type=utf8, help="initial weights: default (PyTorch's), he (He's), whiten (he, "
+        "whitening filters first), or FILE: a checkpoint or other weights of AlexNet")  # fmt: skip
     add("--stride", type=int, choices=[2, 4], default=2, help="of the first layer; torchvision: 4")
     add("--dropout", type=number(float, 0, 0.99), help="of the inputs of two linear layers")
     add("--seed", type=number(int, 0, 2**32), default=0, help="of the split and all else random")
@@ -498,12 +498,12 @@ def test_size(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------- training
 
 
-def initial_network(args, store: ImageStore, rows: torch.Tensor, source: dict | None) -> AlexNet:
+def initial_network(args, store: ImageStore, rows: torch.Tensor, source: dict) -> AlexNet:
     """Return the network with the initial weights that `--init` names, on the CPU.
 
     Args:
         rows: those of the training images in `store`, in random order.
-        source: the checkpoint to take weights from, where `--init` names a file.
+        source: the checkpoint to take weights from; empty unless `--init` names a file.
     """
     torch.manual_seed(args.seed)
     network = AlexNet(len(store.classes), args.stride, args.dropout)
@@ -759,7 +759,7 @@ class Log:
         self.folder = Path(checkpoints.about["run"])
         for leftover in self.folder.glob("*.tmp"):  # of a process that was killed
             leftover.unlink()
-        # what an earlier process logged of epochs that come again goes
+        # drop what an earlier process has logged of epochs that come again
         purge = trainer.epoch + 1 if trainer.epoch or trainer.step else None
         self.train = SummaryWriter(self.folder / "train", purge_step=purge)
         self.valid = SummaryWriter(self.folder / "valid", purge_step=purge)
@@ -792,8 +792,8 @@ class Log:
 
     def epoch(self) -> None:
         """Log a completed epoch, the last row of the history."""
-        history, best, about = (getattr(self.checkpoints, n) for n in ("history", "best", "about"))
-        row, step = history[-1], history[-1]["epoch"]
+        history, best = self.checkpoints.history, self.checkpoints.best
+        about, row, step = self.checkpoints.about, history[-1], history[-1]["epoch"]
         for name in ("learning_rate", "images_per_second"):
             self.train.add_scalar(name, row[name], step)
         weight = self.checkpoints.trainer.evaluated.features[0].weight
@@ -887,7 +887,8 @@ class Checkpoints:
     Attributes:
         about: what both files hold besides.
         history: the rows of `history.csv`.
-        best: epoch and valid_accuracy of the best weights; None if `--ckpt` holds another run's.
+        best: epoch and valid_accuracy of the best weights; None before the first epoch, and if
+            `--ckpt` holds another run's.
 
     Raises:
         CheckpointError: the disk has too little space.
@@ -903,8 +904,9 @@ class Checkpoints:
         self.saved_at = time.perf_counter()
         files = [file for file in (Path(args.ckpt), last_path(args.ckpt)) if file.exists()]
         self.earlier = bool(files and not checkpoint)  # an earlier run's
-        commands = [checkpoint.get("command", "")] if checkpoint else []
-        commands.append(shlex.join(["python", *sys.argv]))
+        command = shlex.join(["python", *sys.argv])
+        if checkpoint and "command" in checkpoint:  # version 1's do not hold it
+            command = f"{checkpoint['command']}; {command}"
         self.about = {
             "classes": store.classes,
             "stride": args.stride,
@@ -914,7 +916,7 @@ class Checkpoints:
             "std": data.STD,
             "args": vars(args),
             "versions": VERSIONS,
-            "command": "; ".join(commands),  # of a resumed run, all of them
+            "command": command,  # of a resumed run, all of them
             "split": manifest,
             "fingerprint": store.fingerprint,
             "checksums": store.checksums,
@@ -1019,9 +1021,9 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
         network = AlexNet(len(store.classes), args.stride, args.dropout)
         seen = set(checkpoint.get("seen", []))
     else:
-        source = load(args.init) if args.init not in INITS else None
+        source = {} if args.init in INITS else load(args.init)
         network = initial_network(args, store, rows, source)
-        seen = seen_images(source or {})
+        seen = seen_images(source)
         others = [store.checksums[path] for path in manifest["valid"] + manifest["test"]]
         if known := sum(checksum in seen for checksum in others):
             print0(

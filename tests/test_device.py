@@ -40,7 +40,7 @@ def trainer_on(device: str, *flags, folder, cache, mode=None) -> train.Trainer:
         store.pixels, store.labels, rows = map(mode.from_tensor, (store.pixels, store.labels, rows))
     compute = train.set_up(device, args.precision)
     store.move_to(compute.device)
-    network = train.initial_network(args, store, rows, None)
+    network = train.initial_network(args, store, rows, {})
     return train.Trainer(args, store, rows, compute, network)
 
 

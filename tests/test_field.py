@@ -1,6 +1,7 @@
 """What people bring: data sets as archives unpack, images of all kinds, odd terminals."""
 
 import io
+import itertools
 import os
 import random
 import shutil
@@ -142,6 +143,24 @@ def test_a_class_folder_that_links_to_nothing_is_named(cache, tmp_path):
     (folder / "gnu").symlink_to(folder / "gnu")
     output = run("train", "--data", folder, "--cache", cache, *TINY, folder=tmp_path).stdout
     assert "folders without images: gnu, zebra\n" in output
+
+
+def test_links_between_folders_neither_repeat_images_nor_go_on_for_ever(tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    draw(folder, {"cat/2023": 3, **{f"dog/{name}": 1 for name in "abcdefgh"}, "yak": 0, "gnu": 0})
+    (folder / "cat" / "latest").symlink_to(folder / "cat" / "2023")
+    (folder / "gnu" / "up").symlink_to(folder)
+    (folder / "yak" / "Thumbs.db").write_text("of another system")
+    (folder / "cat" / "notes.txt").symlink_to("nowhere")
+    for one, other in itertools.permutations("abcdefgh", 2):
+        (folder / "dog" / one / f"to {other}").symlink_to(folder / "dog" / other)
+    images, notes = data.find_images(folder)
+    assert len(images) == len({os.path.realpath(folder / path) for path in images}) == 11
+    assert "folders without images: gnu, yak" in notes[0]
+    assert notes[1:] == ["files that are not images by their names: 1 .txt"]
+    monkeypatch.chdir(folder / "dog")
+    found = {path.parts[1] for path in data.images_in(Path(".."))}
+    assert found == {"cat", "dog"}
 
 
 def test_links_to_class_folders_are_followed(cache, tmp_path):

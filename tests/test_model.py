@@ -124,6 +124,14 @@ FORMS = {
     "in a class, with others": lambda weights: {
         "head.weight": torch.ones(3), **renamed("backbone.alexnet.{}".format)(weights)
     },
+    "torch.compile of a layer": renamed(lambda n: n.replace("s.0.", "s.0._orig_mod.")),
+    "DataParallel of torch.compile of features": renamed(
+        lambda n: n.replace("features.", "features._orig_mod.module.")
+    ),
+    "beside a teacher": lambda weights: {
+        **renamed("net.{}".format)(weights),
+        **{f"teacher.{name}": 0 * tensor for name, tensor in weights.items()},
+    },
     "half": lambda weights: {name: tensor.half() for name, tensor in weights.items()},
 }  # fmt: skip
 
@@ -167,6 +175,7 @@ def refusals(network) -> dict:
         "other sizes": (wider, "not AlexNet's: .*features.3.weight"),
         "a missing layer": (fewer, "not AlexNet's: .*features.3.bias"),
         "another layer": ({**weights, "features.1.weight": torch.ones(64)}, "not AlexNet's"),
+        "a second head": ({**weights, "fc.weight": torch.ones(2)}, "not AlexNet's"),
         "numbers": ({**weights, "features.0.weight": torch.tensor(3)}, "not AlexNet's"),
     }
 
