@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+import train
 from data import (
     DEFAULT_CACHE,
     DataError,
@@ -35,7 +36,7 @@ from data import (
     try_decode,
 )
 from model import AlexNet, CheckpointError, build, load
-from train import DEVICE, Compute, Parser, evaluate, printable, run_command, score, set_up, table
+from train import Compute, Parser, evaluate, printable, run_command, score, set_up, table
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 COLUMNS = ["path", "true_class", "predicted_class", "confidence", "loss"]  # of --predictions
@@ -57,8 +58,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--flip", action="store_true", help="also test the mean over each image and its mirror")
     add("--versus", type=path, help="compare with another checkpoint on the same images")
     add("--images", type=path, nargs="+", help="classify images, or those in folders")
-    add("--device", type=DEVICE, default="auto", help="as for train.py")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: the training's")
+    add("--device", type=train.DEVICE, default="auto", help="as for train.py")
+    add("--precision", choices=train.PRECISIONS, help="default: the training's")
     add("--logdir", type=path, help="write events under this folder; default: the run's")
     add("--seed", type=int, default=0, help="of the split, for weights without")
     add("--stride", type=int, choices=[2, 4], default=2, help="for weights that do not hold it")

@@ -62,6 +62,7 @@ RECIPES = {  # defaults of flags, for 30 epochs; `adapt` fits them to others
         train_size="80-128", ema=0.998, dropout=0.3, init="whiten",
     ),
 }  # fmt: skip
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 INITS = ("default", "he", "whiten")  # or a file
 MAY_CHANGE = {"epochs", "data", "cache", "device", "ckpt", "logdir", "resume"}  # on --resume
 EVAL_BATCH = 128  # images in a batch without gradients
@@ -145,7 +146,6 @@ def get_parser(**options) -> Parser:
     names = "|".join(data.AUGMENTATIONS)
     augment = matching(f"none|({names})(,({names}))*", f"none or some of {names}")
     name = matching(r"(?!\.\.?$)[^/\\\ud800-\udfff]+", "a name, in UTF-8, without folders")
-    precisions = ["auto", "fp32", "bf16", "fp16"]
 
     add = parser.add_argument_group("experiment").add_argument
     add("--recipe", choices=list(RECIPES), default="report", help="defaults of other flags")
@@ -172,12 +172,11 @@ def get_parser(**options) -> Parser:
 
     add = parser.add_argument_group("data and machine").add_argument
     add("--data", default=data.DEFAULT_DATA, help="folder of class folders, or of train, val and "
-        "test with class folders in each; 'sample': drawn images; Caltech101 is downloaded into "
-        "the default")  # fmt: skip
+        "test with such; 'sample': drawn images; data: Caltech101, downloaded")  # fmt: skip
     add("--cache", type=utf8, default=data.DEFAULT_CACHE, help="folder for decoded images")
     add("--skip-bad-images", action="store_true", help="continue without unreadable images")
     add("--device", type=DEVICE, default="auto", help="cpu, mps, cuda, cuda:N; auto: the best")
-    add("--precision", choices=precisions, default="auto", help="auto: what is fast on the device")
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: what is fast on the device")
     add("--deterministic", action="store_true", help="the same numbers again on CUDA")
 
     add = parser.add_argument_group("output").add_argument
@@ -999,7 +998,10 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
 
     Raises:
         DataError: the images cannot be used, or are not those of `checkpoint`.
+        TrainingError: the processes cannot share a batch equally.
     """
+    if args.batch_size % compute.world_size:
+        raise TrainingError(f"--batch-size must be a multiple of {compute.world_size} processes")
     with compute.first_on_machine():
         store = ImageStore(args.data, args.cache, args.skip_bad_images)
     if checkpoint and checkpoint["fingerprint"] != store.fingerprint:
@@ -1064,8 +1066,6 @@ def main(argv: list[str] | None = None) -> None:
     """Train as `argv` says (default: the command line)."""
     args, checkpoint = parse(argv)
     compute = set_up(args.device, args.precision, args.deterministic)
-    if args.batch_size % compute.world_size:
-        raise TrainingError(f"--batch-size must be a multiple of {compute.world_size} processes")
     trainer, manifest, seen = build_trainer(args, checkpoint, compute)
     store, rows = trainer.store, trainer.store.rows(manifest["valid"])
     labels = store.labels.cpu()[rows]
