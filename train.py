@@ -78,6 +78,12 @@ class TrainingError(Exception):
     """Training or testing cannot continue; the message says what to change."""
 
 
+def let_process_0_speak() -> None:
+    """Wait with an error in other processes: process 0 most likely says it and ends them."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Show the module's docstring as it is, and the defaults that are values."""
 
@@ -97,6 +103,7 @@ class Parser(argparse.ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
             message += f"; did you mean {near[0]}?" if near else ""
+        let_process_0_speak()
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
 
@@ -341,8 +348,13 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     if world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+            store, _, _ = next(dist.rendezvous("env://"))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine keeps its store
+                # over restarts, and with it the addresses of the dead
+                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         except ValueError as error:
             raise TrainingError(f"WORLD_SIZE is {world_size}, but {error}") from error
     return Compute(chosen, choose_precision(chosen, precision), rank, world_size, local_rank)
@@ -1181,8 +1193,7 @@ def run_command(main) -> None:
         message = f"error: {place}: {error.strerror or error}"
     except (RuntimeError, MemoryError) as error:
         message = f"error: {explain(error)}"
-    if rank != "0":  # process 0 most likely says the same, and the launcher ends this one
-        time.sleep(5)
+    let_process_0_speak()
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
