@@ -88,7 +88,8 @@ def subfolders(folder: Path) -> list[str]:
 def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """Yield a folder and those in it, however deep, each with the names of its visible files.
 
-    Links are followed, but not back to a folder above, nor twice to one below a folder of `folder`.
+    Links are followed, but not back to a folder above. Within a class folder, which lies directly
+    in `folder`, no folder comes twice, however many links lead to it.
 
     Raises:
         DataError: a folder cannot be listed.

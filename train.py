@@ -79,7 +79,7 @@ class TrainingError(Exception):
 
 
 def let_process_0_speak() -> None:
-    """Wait with an error in other processes: process 0 most likely says it and ends them."""
+    """Let process 0 report an error first; the launcher then ends the others."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
 
@@ -625,9 +625,8 @@ class Trainer:
             loss = self.loss(logits, labels)
             if own < 1:
                 loss = own * loss + (1 - own) * self.loss(logits, labels.flip(0))
-            plain_loss = F.cross_entropy(
-                logits.detach(), labels, reduction="sum"
-            )  # as in validation
+            # as in validation
+            plain_loss = F.cross_entropy(logits.detach(), labels, reduction="sum")
         self.optimizer.zero_grad()
         # DDP averages over processes, so the gradient is that of the mean over the whole batch
         self.scaler.scale(loss * (self.compute.world_size / images)).backward()
