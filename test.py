@@ -36,7 +36,6 @@ from data import (
     try_decode,
 )
 from model import AlexNet, CheckpointError, build, load
-from train import Compute, Parser, evaluate, printable, run_command, score, set_up, table
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 COLUMNS = ["path", "true_class", "predicted_class", "confidence", "loss"]  # of --predictions
@@ -44,7 +43,7 @@ COLUMNS = ["path", "true_class", "predicted_class", "confidence", "loss"]  # of 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments."""
-    parser = Parser("test.py", __doc__)
+    parser = train.Parser("test.py", __doc__)
     add = parser.add_argument
     path = os.path.expanduser
     add("--ckpt", type=path, default="alexnet.pth", help="checkpoint to test")
@@ -100,7 +99,7 @@ def metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> d
 
     The mean per-class accuracy is over the classes that have images.
     """
-    loss, accuracy = score(logits, labels)
+    loss, accuracy = train.score(logits, labels)
     hits = logits.argmax(1) == labels
     top5 = (logits.topk(min(5, len(classes))).indices == labels[:, None]).any(1)
     count, right = (
@@ -204,7 +203,7 @@ def log_test(writer: SummaryWriter, result: dict, logits, labels, paths, images,
         images: a function that returns those at given places, uint8 (N, 3, S, S).
         step: the checkpoint's epoch.
     """
-    classes = [printable(entry["name"]) for entry in result["classes"]]
+    classes = [train.printable(entry["name"]) for entry in result["classes"]]
     confidence, predicted = logits.softmax(1).max(1)
     for tag in ("loss", "accuracy", "top5_accuracy", "mean_class_accuracy", "calibration_error"):
         writer.add_scalar(tag, result[tag], step)
@@ -217,7 +216,7 @@ def log_test(writer: SummaryWriter, result: dict, logits, labels, paths, images,
     worst = [i for i in order if predicted[i] != labels[i]][:32]
     if worst:
         captions = [
-            f"{printable(Path(paths[i]).name)}\ntrue: {classes[labels[i]]}\n"
+            f"{train.printable(Path(paths[i]).name)}\ntrue: {classes[labels[i]]}\n"
             f"{classes[predicted[i]]}, {confidence[i]:.0%} sure"
             for i in worst
         ]
@@ -228,11 +227,13 @@ def log_test(writer: SummaryWriter, result: dict, logits, labels, paths, images,
         if true != guess
     )
     rows = [[*pair, count] for pair, count in confused.most_common(20)]
-    writer.add_text("most_confused", table(["true", "predicted", "images"], rows), step)
+    writer.add_text("most_confused", train.table(["true", "predicted", "images"], rows), step)
     tested = [(entry["accuracy"], label) for label, entry in enumerate(result["classes"])]
     ranked = sorted((accuracy, label) for accuracy, label in tested if accuracy is not None)
     rows = [[classes[i], result["classes"][i]["images"], f"{a:.1f}"] for a, i in ranked]
-    writer.add_text("classes", table(["class, worst first", "images", "accuracy, %"], rows), step)
+    writer.add_text(
+        "classes", train.table(["class, worst first", "images", "accuracy, %"], rows), step
+    )
     for _, label in ranked[:5]:
         tag = f"precision_recall/{classes[label]}"
         writer.add_pr_curve(tag, labels == label, logits.softmax(1)[:, label], step)
@@ -278,7 +279,9 @@ def load_network(path: str, stride: int) -> tuple[AlexNet, dict]:
 
 
 @torch.inference_mode()
-def predict(args: argparse.Namespace, network: AlexNet, checkpoint: dict, compute: Compute) -> bool:
+def predict(
+    args: argparse.Namespace, network: AlexNet, checkpoint: dict, compute: train.Compute
+) -> bool:
     """Print the five likeliest classes of each of `--images`; return whether all can be read."""
     count = network.classifier[-1].out_features
     classes = checkpoint.get("classes", [f"class {label}" for label in range(count)])
@@ -338,15 +341,12 @@ def warn(args: argparse.Namespace, checkpoint: dict, store: ImageStore, manifest
         changes = store.changes(checkpoint.get("checksums", store.checksums)) or "some"
         notes.append(f"{store.root}: images have changed since training: {changes}")
     if args.split != "train":
-        seen = {store.checksums[path] for path in manifest["train"] if path in store.checksums}
-        copies = [path for path in manifest[args.split] if store.checksums[path] in seen]
-        if copies:
+        seen = train.seen_images({"checksums": store.checksums, "split": manifest} | checkpoint)
+        if known := [path for path in manifest[args.split] if store.checksums[path] in seen]:
             notes.append(
-                f"{len(copies)} images, such as {copies[0]!r}, are copies of training images"
+                f"{len(known)} images, such as {known[0]!r}, were trained on: they are copies "
+                "of training images, or the initial weights have seen them"
             )
-        seen = set(checkpoint.get("seen", []))
-        if known := sum(store.checksums[path] in seen for path in manifest[args.split]):
-            notes.append(f"{known} images are among those that the initial weights were trained on")
     for note in notes:
         print(f"test.py: {note}", file=sys.stderr)
 
@@ -366,7 +366,7 @@ def compare(args, paths: list[str], hits: torch.Tensor, store: ImageStore, rows,
         )
     if other.get("classes") != store.classes:  # labels mean other things
         raise DataError(f"{args.versus}: its classes are not those of {args.ckpt}")
-    logits = evaluate(network, store, rows, other["args"]["test_size"], compute)
+    logits = train.evaluate(network, store, rows, other["args"]["test_size"], compute)
     other_hits = logits.argmax(1) == store.labels.cpu()[rows]
     ours, theirs = (100 * h.float().mean().item() for h in (hits, other_hits))
     return {
@@ -413,7 +413,7 @@ def main(argv: list[str] | None = None) -> None:
     """Test or predict as `argv` says (default: the command line)."""
     args = parse(argv)
     network, checkpoint = load_network(args.ckpt, args.stride)
-    compute = set_up(args.device, args.precision or checkpoint["args"]["precision"])
+    compute = train.set_up(args.device, args.precision or checkpoint["args"]["precision"])
     network = network.to(compute.device, memory_format=memory_format(compute.device))
     if args.images:
         sys.exit(0 if compute.rank or predict(args, network, checkpoint, compute) else 1)
@@ -425,12 +425,12 @@ def main(argv: list[str] | None = None) -> None:
     rows = store.rows(paths)
     labels = store.labels[rows]
     store.move_to(compute.device)
-    logits = evaluate(network, store, rows, size, compute)
+    logits = train.evaluate(network, store, rows, size, compute)
     result = {"split": args.split, **metrics(logits, labels, store.classes)}
     if args.flip:
-        mirrored = evaluate(network, store, rows, size, compute, flip=True)
+        mirrored = train.evaluate(network, store, rows, size, compute, flip=True)
         both = logits.softmax(1) + mirrored.softmax(1)
-        result["flip_accuracy"] = score(both, labels)[1]
+        result["flip_accuracy"] = train.score(both, labels)[1]
     if args.versus:
         result["versus"] = compare(args, paths, logits.argmax(1) == labels, store, rows, compute)
     if compute.rank == 0:
@@ -439,4 +439,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    train.run_command(main)

@@ -532,7 +532,10 @@ def initial_network(args, store: ImageStore, rows: torch.Tensor, source: dict) -
 
 
 def seen_images(source: dict) -> set[int]:
-    """Return the checksums of the images that a checkpoint's weights were trained on."""
+    """Return the checksums of the images that a checkpoint's weights were trained on.
+
+    They are those of its training images, and of those that its own initial weights have seen.
+    """
     checksums = source.get("checksums", {})
     train = {checksums.get(path) for path in source.get("split", {}).get("train", [])}
     return train.union(source.get("seen", [])) - {None}
@@ -764,18 +767,19 @@ def train_epoch(trainer: Trainer, stop: StopSignal) -> tuple[float, float]:
 class Log:
     """What lies in a run's folder: events for TensorBoard, `history.csv` and `summary.json`."""
 
-    def __init__(self, checkpoints: "Checkpoints"):
-        self.checkpoints, trainer = checkpoints, checkpoints.trainer
-        self.folder = Path(checkpoints.about["run"])
+    def __init__(self, trainer: Trainer, about: dict):
+        self.trainer, self.about = trainer, about
+        resumed = bool(trainer.epoch or trainer.step)
+        self.folder = new_run_folder(about["run"], resumed)
+        about["run"] = str(self.folder)
         for leftover in self.folder.glob("*.tmp"):  # of a process that was killed
             leftover.unlink()
         # drop what an earlier process has logged of epochs that come again
-        purge = trainer.epoch + 1 if trainer.epoch or trainer.step else None
+        purge = trainer.epoch + 1 if resumed else None
         self.train = SummaryWriter(self.folder / "train", purge_step=purge)
         self.valid = SummaryWriter(self.folder / "valid", purge_step=purge)
-        about = checkpoints.about
-        if purge is None:
-            self.start(trainer, about["args"])
+        if not resumed:
+            self.start()
         facts = {
             "command": f"`{about['command']}`",
             "images": ", ".join(f"{part} {len(paths)}" for part, paths in about["split"].items()),
@@ -786,9 +790,9 @@ class Log:
         facts |= VERSIONS | about["args"]
         self.train.add_text("run", table(["", ""], facts.items()), trainer.epoch)
 
-    def start(self, trainer: Trainer, args: dict) -> None:
+    def start(self) -> None:
         """Log once the network, its first images, and the arguments for HPARAMS."""
-        network = trainer.network.eval()
+        trainer, network = self.trainer, self.trainer.network.eval()
         rows, uniforms = trainer.epoch_plan()
         batch, _ = trainer.inputs(rows[:64], {name: u[:64] for name, u in uniforms.items()})
         self.train.add_image("first_batch", make_grid(data.to_pixels(batch), nrow=8), 0)
@@ -796,17 +800,16 @@ class Log:
             warnings.simplefilter("ignore")  # TensorBoard's tracer is deprecated
             self.train.add_graph(network, batch[:1])
         names = ["recipe", "epochs", "batch_size", "seed", "stride", *RECIPES["report"]]
-        chosen = {name: args[name] for name in names}
+        chosen = {name: self.about["args"][name] for name in names}
         for event in hparams(chosen, {"best_accuracy": None, "best_loss": None}):
             self.valid.file_writer.add_summary(event)
 
-    def epoch(self) -> None:
-        """Log a completed epoch, the last row of the history."""
-        history, best = self.checkpoints.history, self.checkpoints.best
-        about, row, step = self.checkpoints.about, history[-1], history[-1]["epoch"]
+    def epoch(self, history: list[dict], best: dict) -> None:
+        """Log a completed epoch, the last row of `history`."""
+        about, row, step = self.about, history[-1], history[-1]["epoch"]
         for name in ("learning_rate", "images_per_second"):
             self.train.add_scalar(name, row[name], step)
-        weight = self.checkpoints.trainer.evaluated.features[0].weight
+        weight = self.trainer.evaluated.features[0].weight
         filters = make_grid(weight, nrow=8, padding=1, normalize=True, scale_each=True)
         filters = filters.repeat_interleave(4, 1).repeat_interleave(4, 2)
         self.train.add_image("filters", filters, step)
@@ -851,11 +854,10 @@ def printable(value: object) -> str:
     return str(value).encode(errors="backslashreplace").decode()
 
 
-def new_run_folder(logdir: str, name: str | None, resumed: bool) -> Path:
-    """Return the new folder of a run; a second run of one name gets `-2` behind it."""
-    name = name or time.strftime("%Y-%m-%d_%H-%M-%S")
+def new_run_folder(wanted: str, resumed: bool) -> Path:
+    """Make the folder of a run and return it; a second run of one name gets `-2` behind it."""
     for attempt in itertools.count(1):
-        folder = Path(logdir, name if attempt == 1 else f"{name}-{attempt}")
+        folder = Path(wanted if attempt == 1 else f"{wanted}-{attempt}")
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True, exist_ok=resumed)
             return folder
@@ -894,64 +896,46 @@ class Checkpoints:
     then the best weights stay in memory. They are written before the state, so a kill between the
     two leaves the best of a later epoch, and the resumed run takes that as its best.
 
-    Attributes:
+    Args:
         about: what both files hold besides.
+        checkpoint: the state to continue from, if there is one.
+
+    Attributes:
         history: the rows of `history.csv`.
-        best: epoch and valid_accuracy of the best weights; None before the first epoch, and if
+        best: epoch, accuracy and loss of the best weights; None before the first epoch, and if
             `--ckpt` holds another run's.
+        earlier: whether there are files of an earlier run.
 
     Raises:
         CheckpointError: the disk has too little space.
     """
 
-    def __init__(self, trainer: Trainer, manifest: dict, seen: set, checkpoint: dict | None):
-        args, store, self.trainer, self.weights = trainer.args, trainer.store, trainer, None
+    def __init__(self, trainer: Trainer, about: dict, checkpoint: dict | None):
+        self.trainer, self.about, self.weights = trainer, about, None
+        ckpt = trainer.args.ckpt
         self.history = checkpoint["history"] if checkpoint else []
-        self.best = saved_best(args.ckpt, checkpoint) if checkpoint else None
+        self.best = saved_best(ckpt, checkpoint) if checkpoint else None
         size = sum(p.nbytes for p in trainer.network.parameters())
         state = size * (4 if trainer.averaged else 3)  # Adam has two moments
         self.seconds = (size + state) / 100e6  # of the first save: a slow disk's
         self.saved_at = time.perf_counter()
-        files = [file for file in (Path(args.ckpt), last_path(args.ckpt)) if file.exists()]
-        self.earlier = bool(files and not checkpoint)  # an earlier run's
-        command = shlex.join(["python", *sys.argv])
-        if checkpoint and "command" in checkpoint:  # version 1's do not hold it
-            command = f"{checkpoint['command']}; {command}"
-        self.about = {
-            "classes": store.classes,
-            "stride": args.stride,
-            "seed": args.seed,
-            "size": args.test_size,  # with mean and std, what a script needs to use the weights
-            "mean": data.MEAN,
-            "std": data.STD,
-            "args": vars(args),
-            "versions": VERSIONS,
-            "command": command,  # of a resumed run, all of them
-            "split": manifest,
-            "fingerprint": store.fingerprint,
-            "checksums": store.checksums,
-            "seen": sorted(seen),
-        }
-        if trainer.compute.rank == 0:
-            present = sum(file.stat().st_size for file in files)
-            needed = max(size + 2 * state - present, state)  # a new state is beside the old
-            if shutil.disk_usage(Path(args.ckpt).parent).free < needed:
-                raise CheckpointError(
-                    f"{args.ckpt}: checkpoints need {needed / 1e6:.0f} MB there; free some space "
-                    "or give another --ckpt"
-                )
-            name = Path(checkpoint["run"]).name if checkpoint else args.name
-            self.about["run"] = str(new_run_folder(args.logdir, name, resumed=bool(checkpoint)))
+        files = [file for file in (Path(ckpt), last_path(ckpt)) if file.exists()]
+        self.earlier = bool(files and not checkpoint)
+        present = sum(file.stat().st_size for file in files)
+        needed = max(size + 2 * state - present, state)  # a new state is beside the old
+        if trainer.compute.rank == 0 and shutil.disk_usage(Path(ckpt).parent).free < needed:
+            raise CheckpointError(
+                f"{ckpt}: checkpoints need {needed / 1e6:.0f} MB there; free some space or give "
+                "another --ckpt"
+            )
 
     def keep_best(self, row: dict) -> bool:
         """Keep the present weights if they are the best so far: at equal accuracy, by the loss."""
-        accuracy, loss = row["valid_accuracy"], row["valid_loss"]
-        if self.best and row["epoch"] != self.best["epoch"]:
-            losses = {each["epoch"]: each["valid_loss"] for each in self.history}
-            best = self.best["valid_accuracy"], -losses.get(self.best["epoch"], -math.inf)
-            if (accuracy, -loss) <= best:
+        if self.best and row["epoch"] != self.best["epoch"]:  # a killed process may have saved it
+            new, old = ((each["valid_accuracy"], -each["valid_loss"]) for each in (row, self.best))
+            if new <= old:
                 return False
-        self.best = {"epoch": row["epoch"], "valid_accuracy": accuracy}
+        self.best = {name: row[name] for name in ("epoch", "valid_accuracy", "valid_loss")}
         state = self.trainer.evaluated.state_dict()
         self.weights = {name: tensor.clone() for name, tensor in state.items()}
         return True
@@ -984,35 +968,29 @@ class Checkpoints:
 
 
 def saved_best(ckpt: str, checkpoint: dict) -> dict | None:
-    """Return epoch and valid_accuracy of the weights in `ckpt` if they are this run's best.
+    """Return epoch, accuracy and loss of the weights in `ckpt` if they are this run's.
 
     They are of a later epoch than `checkpoint` if the process was killed between the two files.
     """
-    try:
+    with contextlib.suppress(CheckpointError, KeyError):  # missing, or another program's
         found = load(ckpt, verify=False)
-        best = {name: found[name] for name in ("epoch", "valid_accuracy")}
-        later = best["epoch"] > checkpoint["epoch"] and found["run"] == checkpoint["run"]
-        rows = {row["epoch"]: row for row in checkpoint["history"]}
-        own = later or best.items() <= rows.get(best["epoch"], {}).items()
-        return best if own and found["split"] == checkpoint["split"] else None
-    except (CheckpointError, KeyError):  # missing, or another program's
-        return None
+        runs = {Path(each["run"]).name for each in (found, checkpoint)}
+        if len(runs) == 1 and found["split"] == checkpoint["split"]:
+            loss = found.get("valid_loss", -math.inf)  # version 1's do not hold it
+            best = {name: found[name] for name in ("epoch", "valid_accuracy")}
+            return best | {"valid_loss": loss}
+    return None
 
 
 # -------------------------------------------------------------------------------------- main
 
 
-def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trainer, dict, set]:
-    """Return the trainer, where `checkpoint` left it, the manifest of the split, and what is seen.
-
-    Seen are the images, by their checksums, that the initial weights were trained on.
+def open_data(args, checkpoint: dict | None, compute: Compute) -> tuple[ImageStore, dict]:
+    """Return the images, and the manifest of their split: `checkpoint`'s if there is one.
 
     Raises:
         DataError: the images cannot be used, or are not those of `checkpoint`.
-        TrainingError: the processes cannot share a batch equally.
     """
-    if args.batch_size % compute.world_size:
-        raise TrainingError(f"--batch-size must be a multiple of {compute.world_size} processes")
     with compute.first_on_machine():
         store = ImageStore(args.data, args.cache, args.skip_bad_images)
     if checkpoint and checkpoint["fingerprint"] != store.fingerprint:
@@ -1022,35 +1000,58 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
             "or start another run, perhaps with --init"
         )
     manifest = checkpoint["split"] if checkpoint else split(store, args.seed)
-    rows = store.rows(manifest["train"])
-    untrained = sorted(set(store.labels.tolist()) - set(store.labels[rows].tolist()))
-    if untrained:
-        names = data.shortened([store.classes[label] for label in untrained])
-        store.notes.append(f"classes without training images: {names}")
+    trained = set(store.labels[store.rows(manifest["train"])].tolist())
+    if rest := [name for label, name in enumerate(store.classes) if label not in trained]:
+        store.notes.append(f"classes without training images: {data.shortened(rest)}")
     for note in store.notes:
         print0(note)
     store.move_to(compute.device)
-    if checkpoint:
-        network = AlexNet(len(store.classes), args.stride, args.dropout)
-        seen = set(checkpoint.get("seen", []))
-    else:
-        source = {} if args.init in INITS else load(args.init)
-        network = initial_network(args, store, rows, source)
-        seen = seen_images(source)
-        others = [store.checksums[path] for path in manifest["valid"] + manifest["test"]]
-        if known := sum(checksum in seen for checksum in others):
-            print0(
-                f"{args.init} was trained on {known} of {len(others)} validation and test images"
-            )
-    trainer = Trainer(args, store, rows, compute, network)
+    return store, manifest
+
+
+def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trainer, dict]:
+    """Return the trainer, where `checkpoint` left it, and what both checkpoints hold besides.
+
+    Raises:
+        DataError: see `open_data`.
+        TrainingError: the processes cannot share a batch equally.
+    """
+    if args.batch_size % compute.world_size:
+        raise TrainingError(f"--batch-size must be a multiple of {compute.world_size} processes")
+    store, manifest = open_data(args, checkpoint, compute)
+    rows = store.rows(manifest["train"])
+    source = {} if checkpoint or args.init in INITS else load(args.init)
+    seen = set(checkpoint.get("seen", [])) if checkpoint else seen_images(source)
+    others = [store.checksums[path] for path in manifest["valid"] + manifest["test"]]
+    if source and (known := sum(checksum in seen for checksum in others)):
+        print0(f"{args.init} was trained on {known} of {len(others)} validation and test images")
+    trainer = Trainer(args, store, rows, compute, initial_network(args, store, rows, source))
+    command = shlex.join(["python", *sys.argv])
+    run = Path(args.logdir, args.name or time.strftime("%Y-%m-%d_%H-%M-%S"))
     if checkpoint:
         trainer.load_state_dict(checkpoint)
-    return trainer, manifest, seen
+        command = "; ".join([*filter(None, [checkpoint.get("command")]), command])
+        run = Path(args.logdir, Path(checkpoint["run"]).name)
+    return trainer, {
+        "classes": store.classes,
+        "stride": args.stride,
+        "seed": args.seed,
+        "size": args.test_size,  # with mean and std, what a script needs to use the weights
+        "mean": data.MEAN,
+        "std": data.STD,
+        "args": vars(args),
+        "versions": VERSIONS,
+        "command": command,  # of a resumed run, all of them
+        "run": str(run),
+        "split": manifest,
+        "fingerprint": store.fingerprint,
+        "checksums": store.checksums,
+        "seen": sorted(seen),
+    }
 
 
-def print_opening(checkpoints: Checkpoints, resumed: bool) -> None:
+def print_opening(trainer: Trainer, about: dict, checkpoints: Checkpoints) -> None:
     """Print what is trained, on what, and where it goes."""
-    trainer, about = checkpoints.trainer, checkpoints.about
     args, compute = trainer.args, trainer.compute
     train, valid, test = (len(about["split"][part]) for part in ("train", "valid", "test"))
     print0(
@@ -1063,7 +1064,7 @@ def print_opening(checkpoints: Checkpoints, resumed: bool) -> None:
         f"classes: {data.shortened(about['classes'], 10)}\n"
         f"log in {shown(about['run'])}, best weights in {args.ckpt}"
     )
-    if resumed:
+    if trainer.epoch or trainer.step:
         print0(f"continuing after epoch {trainer.epoch}, step {trainer.step} of {trainer.steps}")
         if checkpoints.history and not checkpoints.best:
             print0(f"{args.ckpt}: not this run's weights; only those of a later epoch can be saved")
@@ -1077,15 +1078,15 @@ def main(argv: list[str] | None = None) -> None:
     """Train as `argv` says (default: the command line)."""
     args, checkpoint = parse(argv)
     compute = set_up(args.device, args.precision, args.deterministic)
-    trainer, manifest, seen = build_trainer(args, checkpoint, compute)
-    store, rows = trainer.store, trainer.store.rows(manifest["valid"])
+    trainer, about = build_trainer(args, checkpoint, compute)
+    store, rows = trainer.store, trainer.store.rows(about["split"]["valid"])
     labels = store.labels.cpu()[rows]
     lock = hold(args.ckpt) if compute.rank == 0 else contextlib.nullcontext()
     with lock, StopSignal(compute) as stop:
-        checkpoints = Checkpoints(trainer, manifest, seen, checkpoint)
-        log = Log(checkpoints) if compute.rank == 0 else None
+        checkpoints = Checkpoints(trainer, about, checkpoint)
+        log = Log(trainer, about) if compute.rank == 0 else None
         if log:
-            print_opening(checkpoints, resumed=bool(checkpoint))
+            print_opening(trainer, about, checkpoints)
         del checkpoint  # as large as the trainer
         history = checkpoints.history
         started = time.perf_counter() - trainer.seconds
@@ -1100,7 +1101,7 @@ def main(argv: list[str] | None = None) -> None:
                 started = now  # so an epoch's seconds include the saving of the one before
                 is_best = checkpoints.keep_best(history[-1])
                 if log:
-                    log.epoch()
+                    log.epoch(history, checkpoints.best)
                 checkpoints.save_if_due(last=trainer.epoch == args.epochs)
                 print_epoch(history, args.epochs, is_best)
         except BrokenPipeError:  # nobody reads the output

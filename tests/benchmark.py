@@ -96,9 +96,9 @@ def build(args: argparse.Namespace, precision: str = "auto") -> tuple[train.Trai
     train.print0 = lambda *_: None  # standard output is for the turns
     options, _ = train.parse([*args.flags, "--recipe", args.recipe, "--precision", precision])
     compute = train.set_up(options.device, options.precision)
-    trainer, manifest, _ = train.build_trainer(options, None, compute)
+    trainer, about = train.build_trainer(options, None, compute)
     trainer.rows = trainer.rows[: len(trainer.rows) // BATCH * BATCH]
-    return trainer, manifest
+    return trainer, about["split"]
 
 
 def train_epoch(trainer: train.Trainer, stop) -> None:

@@ -198,7 +198,7 @@ def test_copies_of_training_images_are_counted(flags, photos, tmp_path):
     contents = {(album / path).read_bytes() for path in split["train"]}
     copies = [path for path in split["test"] if (album / path).read_bytes() in contents]
     error = one_line(run("test", folder=tmp_path))
-    assert f"{len(copies)} images, such as {copies[0]!r}, are copies of training images" in error
+    assert f"{len(copies)} images, such as {copies[0]!r}, were trained on: they are copies" in error
     assert not run("test", "--split", "train", folder=tmp_path).stderr
 
 

@@ -200,7 +200,7 @@ def test_saving_takes_at_most_5_percent_of_the_time(make, monkeypatch, tmp_path)
         clock[0] += 8 if Path(path).stem == "net" else 30
 
     monkeypatch.setattr(train, "save", save_slowly)
-    checkpoints = train.Checkpoints(make("--ckpt", tmp_path / "net.pth"), {}, set(), None)
+    checkpoints = train.Checkpoints(make("--ckpt", tmp_path / "net.pth"), {}, None)
     estimate = checkpoints.seconds
     assert estimate == pytest.approx(
         4 * sum(p.nbytes for p in checkpoints.trainer.network.parameters()) / 1e8
@@ -221,14 +221,15 @@ def test_saving_takes_at_most_5_percent_of_the_time(make, monkeypatch, tmp_path)
 
 
 def test_of_epochs_with_equal_accuracy_the_lower_loss_is_the_best(make, tmp_path):
-    checkpoints = train.Checkpoints(make("--ckpt", tmp_path / "net.pth"), {}, set(), None)
+    checkpoints = train.Checkpoints(make("--ckpt", tmp_path / "net.pth"), {}, None)
     kept = []
     for epoch, (accuracy, loss) in enumerate([(40, 3), (40, 2), (40, 2), (30, 1), (50, 9)], 1):
         checkpoints.history.append({"epoch": epoch, "valid_accuracy": accuracy, "valid_loss": loss})
         kept.append(checkpoints.keep_best(checkpoints.history[-1]))
     assert kept == [True, True, False, False, True]
-    checkpoints.best = {"epoch": 9, "valid_accuracy": 50}  # saved by a process that was killed
-    assert not checkpoints.keep_best({"epoch": 6, "valid_accuracy": 50, "valid_loss": 0})
+    saved = {"epoch": 9, "valid_accuracy": 50, "valid_loss": 1}  # by a process that was killed
+    checkpoints.best = saved
+    assert not checkpoints.keep_best({"epoch": 6, "valid_accuracy": 50, "valid_loss": 2})
     assert checkpoints.keep_best({"epoch": 9, "valid_accuracy": 50, "valid_loss": 1})
 
 
