@@ -953,10 +953,10 @@ class Checkpoints:
         state = self.trainer.state_dict()
         self.save_best()
         if self.trainer.compute.rank == 0:
-            accuracy = self.best["valid_accuracy"] if self.best else None
+            best = self.best or {"valid_accuracy": None, "valid_loss": None}
             job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-            more = {"valid_accuracy": accuracy, "history": self.history, "job": job}
-            save(self.about | more | state, last_path(self.trainer.args.ckpt))
+            more = {"history": self.history, "job": job, **state}  # with an epoch of its own
+            save(self.about | best | more, last_path(self.trainer.args.ckpt))
         self.saved_at = time.perf_counter()
         self.seconds = self.saved_at - started
 

@@ -242,7 +242,7 @@ def test_checkpoints_are_plain_and_hold_what_testing_and_resuming_need(trained):
         "classes stride seed size mean std args versions run command split fingerprint checksums "
         "seen"
     )
-    assert best.keys() == {*about.split(), "epoch", "valid_accuracy", "state_dict"}
+    assert best.keys() == {*about.split(), "epoch", "valid_accuracy", "valid_loss", "state_dict"}
     state = "averaged optimizer scaler step sums seconds history job"
     assert last.keys() == best.keys() | set(state.split())
     assert best["classes"] == sorted(data.SHAPES)
