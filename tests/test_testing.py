@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 import shutil
 from types import SimpleNamespace
 
@@ -269,17 +268,6 @@ def test_captioned_grid_holds_the_images():
     assert torch.equal(grid[:, :224, :224], images[0])
     assert torch.equal(grid[:, 282 : 282 + 224, :224], images[8])
     assert grid[:, 224:282, :224].min() < 128
-
-
-def test_readme_lists_flags_with_their_defaults():
-    table = (ROOT / "README.md").read_text().split("| flag of train.py |")[1]
-    rows = dict(re.findall(r"^\| `--([a-z-]+)` \| (.*?) \|", table, re.MULTILINE))
-    defaults = {name: train.get_parser().get_default(name.replace("-", "_")) for name in rows}
-    defaults |= {"name": "date and time", "ckpt": "alexnet.pth"}
-    assert len(rows) > 8
-    assert rows == {name: str(default or "by recipe") for name, default in defaults.items()} | {
-        "seed": "0"
-    }
 
 
 def test_report_script_weights_can_be_tested_by_the_real_command_line(photos, cache, tmp_path):
