@@ -15,6 +15,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import math
 import mmap
 import os
@@ -48,12 +49,12 @@ SYSTEM_NAMES = {
     "background_google", "lost+found", "recycler", "system volume information",
     "thumbs.db", "desktop.ini",
 }  # fmt: skip
-PARTS = {  # words in the name of a folder that holds a ready-made part of the split
-    "train": {"train", "training", "trainset", "trainval"},
-    "valid": {"val", "valid", "validation", "valset", "dev"},
-    "test": {"test", "testing", "testset", "eval", "evaluation"},
+PARTS = {  # patterns of a word in the name of a folder that holds a ready-made part of the split
+    "train": r"train(ing|val)?(set|data|images)?",
+    "valid": r"(val|valid|validate|validation|dev)(set|data|images)?",
+    "test": r"(test|tests|testing|eval|evaluation)(set|data|images)?",
 }
-DECODING = 2  # the version of `decode`: a new one makes caches of older ones stale
+DECODING = 3  # the version of `decode`: a new one makes caches of older ones stale
 SIZE = 224  # pixels, height and width of a stored image
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in torchvision's weights
 DAY = 86_400  # seconds
@@ -66,6 +67,7 @@ SUFFIXES = {  # of files that Pillow decodes without other programs
 Image.MAX_IMAGE_PIXELS = 128_000_000  # Pillow refuses twice as many; here that is 1 GB as RGBA
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**27  # editors write megabytes
 warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata, without the file's name
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 class DataError(Exception):
@@ -120,11 +122,16 @@ def images_in(folder: Path) -> Iterator[Path]:
     return (place / name for place, files in walk(folder) for name in files if is_image(name))
 
 
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of a folder's folders that hold images, however deep."""
+    return [name for name in subfolders(folder) if any(True for _ in images_in(folder / name))]
+
+
 def locate(data: str, cache: str) -> Path:
     """Return the folder of class folders, or of parts, that `--data` means.
 
-    It is downloaded or drawn if need be. A folder that holds nothing but one folder of folders,
-    as an unpacked archive does, stands for that.
+    It is downloaded or drawn if need be. A folder whose images all lie in the folders of one
+    folder, as in an unpacked archive, stands for that.
 
     Raises:
         DataError: there is none, or it cannot be downloaded or drawn.
@@ -134,13 +141,18 @@ def locate(data: str, cache: str) -> Path:
     folder = Path(data)
     for place in (*folder.glob("101_ObjectCategories"), *folder.glob("caltech*101/101_*"), folder):
         if place.is_dir():
-            while len(names := subfolders(place)) == 1 and subfolders(place / names[0]):
-                place = place / names[0]
-            if any(True for name in names for _ in images_in(place / name)):
+            names = class_folders(place)
+            while len(names) == 1 and (inner := class_folders(place / names[0])):
+                place, names = place / names[0], inner
+            if names:
                 return place
     if folder.resolve() == Path(DEFAULT_DATA).resolve():
         return download(folder)
-    problem = "no class folders with images there" if folder.is_dir() else "no such folder"
+    problem = "no such folder"
+    if folder.is_dir():
+        kinds = {Path(name).suffix.lower() for _, files in walk(folder) for name in files} - {""}
+        kinds = f" (but {shortened(sorted(kinds), 5)})" if kinds else ""
+        problem = f"no class folders with images there{kinds}"
     raise DataError(f"{data}: {problem}; --data takes a folder of class folders, or 'sample'")
 
 
@@ -179,8 +191,9 @@ def download(folder: Path) -> Path:
 
 def part_of(name: str) -> str | None:
     """Return train, valid or test if a folder's name, such as `seg_train` or `ValSet`, says so."""
-    words = set(re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
-    return next((part for part, names in PARTS.items() if words & names), None)
+    words = re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    parts = (part for word in words for part in PARTS if re.fullmatch(PARTS[part], word))
+    return next(parts, None)
 
 
 def class_in_part(path: str) -> str | None:
@@ -196,12 +209,13 @@ def classify(paths: list[str]) -> dict[str, tuple[str, str | None]]:
 
     A data set is split already if it has train, with class folders, and another part. What is in
     no part or in no class folder is left out, and so is a part without any of train's classes,
-    such as images to predict.
+    such as images to predict. The parts may also lie in each class folder.
 
     Raises:
         DataError: there are parts alone, but train is missing or has no class folders.
     """
     tops = {path: path.partition("/")[0] for path in paths}
+    inner = {path: part_of(path.split("/")[1]) for path in paths if path.count("/") > 1}
     parts = {top: part for top in sorted(set(tops.values())) if (part := part_of(top))}
     labels = {path: class_in_part(path) for path in paths if tops[path] in parts}
     trained = {label for path, label in labels.items() if parts[tops[path]] == "train"} - {None}
@@ -210,7 +224,10 @@ def classify(paths: list[str]) -> dict[str, tuple[str, str | None]]:
         return {
             p: (label, parts[tops[p]]) for p, label in labels.items() if label and tops[p] in known
         }
-    if len(parts) == len(set(tops.values())) > 1:
+    if not parts and len(inner) == len(paths) and None not in inner.values():
+        if {"train"} < set(inner.values()):
+            return {path: (top, inner[path]) for path, top in tops.items()}
+    if len(parts) == len(set(tops.values())) and len(set(parts.values())) > 1:
         raise DataError(
             f"{', '.join(parts)}: without class folders in train, nothing can be learned"
         )
@@ -340,7 +357,8 @@ def decode(file: str | Path | io.BytesIO) -> torch.Tensor:
     """
     with Image.open(file) as image:
         image.draft("RGB", (SIZE, SIZE))  # the JPEG decoder may drop detail of a far larger image
-        with contextlib.suppress(Exception):  # it turns the image before it meets damaged data
+        image.load()  # damaged pixels raise here
+        with contextlib.suppress(Exception):  # it turns the image before it meets damaged EXIF
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits a pixel: convert() cuts instead of scaling
             levels = pil_to_tensor(image.convert("I"))[0]
@@ -407,12 +425,23 @@ def build_cache(root: Path, paths: list[str], target: Path) -> dict:
 
 @contextlib.contextmanager
 def complete_file(path: Path, mode: str = "wb", **options):
-    """Open a file of another name that becomes `path` if the block ends well, else vanishes."""
+    """Open a file of another name that becomes `path` if the block ends well, else vanishes.
+
+    A device or a pipe is written to as it is, and a link stays a link.
+    """
+    if path.exists() and not path.is_file():
+        with open(path, mode, **options) as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # no other process's
     try:
         with open(temporary, mode, **options) as file:
             yield file
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -506,6 +535,8 @@ class ImageStore:
                 description = json.loads(target.with_suffix(".json").read_bytes())
                 complete = file.stat().st_size == math.prod(shape)
                 complete = complete and len(description["checksums"]) == len(paths)
+                if any(not try_decode(self.root / path)[2] for path in description["errors"]):
+                    complete = False  # it can be read now
             except (OSError, ValueError, LookupError, TypeError):
                 complete = False
             if not complete:

@@ -7,6 +7,7 @@ save({"state_dict": network.state_dict(), ...}, "alexnet.pth")
 network = build(load("alexnet.pth"))
 """
 
+import argparse
 import contextlib
 import os
 import re
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 HIDDEN = 4096  # units of each of the two hidden linear layers
+
+torch.serialization.add_safe_globals([argparse.Namespace])  # many scripts save their arguments
 
 
 class CheckpointError(Exception):
@@ -108,7 +111,9 @@ def whiten(layer: nn.Conv2d, images: torch.Tensor) -> None:
     layer.weight.copy_(torch.cat([filters, -filters]).view_as(layer.weight))
 
 
-def transfer(network: AlexNet, checkpoint: dict, classes: list[str]) -> list[str]:
+def transfer(
+    network: AlexNet, checkpoint: dict, classes: list[str], path="checkpoint"
+) -> list[str]:
     """Copy the weights of `checkpoint` into `network`, whose logits are for `classes`.
 
     The last layer stays as it is where the checkpoint has another number of classes, or classes
@@ -118,9 +123,9 @@ def transfer(network: AlexNet, checkpoint: dict, classes: list[str]) -> list[str
         The names of the parameters that were not copied.
 
     Raises:
-        CheckpointError: the weights are not AlexNet's.
+        CheckpointError: as `build`.
     """
-    source = build(checkpoint).state_dict()
+    source = build(checkpoint, path).state_dict()
     last = [name for name in source if name.startswith("classifier.6.")]
     if len(source[last[0]]) != len(classes) or checkpoint.get("classes", classes) != classes:
         for name in last:
@@ -200,33 +205,36 @@ def load(path: str | Path, verify: bool = True) -> dict:
 def find_state_dict(checkpoint: dict, path: str | Path) -> dict:
     """Return the weights in a file of another script, under AlexNet's own names.
 
-    DataParallel and DDP put `module.` before or inside of a name, torch.compile `_orig_mod.`, and
-    a class around the network the name of its attribute.
+    They may lie in a dict in a dict. DataParallel and DDP put `module.` before or inside of a name,
+    torch.compile `_orig_mod.`, and a class around the network the name of its attribute.
     """
-    for candidate in (checkpoint, *checkpoint.values()):
-        if isinstance(candidate, dict):
-            plain = {
-                re.sub(r"\b(module|_orig_mod)\.", "", str(name)): value
-                for name, value in candidate.items()
-                if isinstance(value, torch.Tensor)
-            }
-            for first in plain:
-                if first.endswith("features.0.weight"):
-                    prefix = first.removesuffix("features.0.weight")
-                    own = [name for name in plain if name.startswith(prefix)]
-                    return {name.removeprefix(prefix): plain[name] for name in own}
+    candidates = [checkpoint]
+    for candidate in candidates:  # and what it holds
+        candidates += [value for value in candidate.values() if isinstance(value, dict)]
+        plain = {
+            re.sub(r"\b(module|_orig_mod)\.", "", str(name)): value
+            for name, value in candidate.items()
+            if isinstance(value, torch.Tensor)
+        }
+        for first in plain:
+            if first.endswith("features.0.weight"):
+                prefix = first.removesuffix("features.0.weight")
+                parameter = re.compile(re.escape(prefix) + r".*\b(weight|bias)")  # no counters
+                own = filter(parameter.fullmatch, plain)
+                return {name.removeprefix(prefix): plain[name] for name in own}
     raise CheckpointError(f"{path}: holds no AlexNet's weights, such as features.0.weight")
 
 
-def build(checkpoint: dict, stride: int = 2) -> AlexNet:
+def build(checkpoint: dict, path: str | Path = "checkpoint", stride: int = 2) -> AlexNet:
     """Return the network that `checkpoint` holds, on the CPU, in evaluation mode.
 
     Args:
         checkpoint: as `load` returns it.
+        path: named in an error.
         stride: used where the checkpoint, another script's, does not hold it.
 
     Raises:
-        CheckpointError: the weights are not AlexNet's.
+        CheckpointError: the weights are not AlexNet's, or not finite.
     """
     weights = checkpoint["state_dict"]
     try:
@@ -236,5 +244,7 @@ def build(checkpoint: dict, stride: int = 2) -> AlexNet:
         network.load_state_dict(weights, assign=True)
     except (RuntimeError, LookupError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"the weights are not AlexNet's: {reason}") from error
+        raise CheckpointError(f"{path}: its weights are not AlexNet's: {reason}") from error
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise CheckpointError(f"{path}: its weights are not finite; use others")
     return network.eval()

@@ -60,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", type=train.DEVICE, default="auto", help="as for train.py")
     add("--precision", choices=train.PRECISIONS, help="default: the training's")
     add("--logdir", type=path, help="write events under this folder; default: the run's")
-    add("--seed", type=int, default=0, help="of the split, for weights without")
+    add("--seed", type=train.number(int, 0, 2**32), default=0, help="of the split, without one")
     add("--stride", type=int, choices=[2, 4], default=2, help="for weights that do not hold it")
     args = parser.parse_args(argv)
     for name in ("data", "cache", "split", "flip", "versus", "logdir"):
@@ -157,7 +157,7 @@ def summary(result: dict, args: argparse.Namespace) -> str:
 
 def confusion_picture(matrix: torch.Tensor, classes: list[str]) -> torch.Tensor:
     """Draw a matrix of counts (true, predicted) as uint8 (3, H, W); rows are normalised."""
-    cell = 10 if len(classes) > 40 else 24
+    cell = 24 if len(classes) <= 40 else max(1, min(10, 4000 // len(classes)))  # bounds the size
     font = ImageFont.load_default(cell)
     margin = 12 + max(int(font.getlength(name)) for name in classes)
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
@@ -269,10 +269,7 @@ def load_network(path: str, stride: int) -> tuple[AlexNet, dict]:
     checkpoint = load(path)
     if "optimizer" in checkpoint:
         raise CheckpointError(f"{path}: is for --resume; test the file beside it, without .last")
-    try:
-        network = build(checkpoint, stride)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    network = build(checkpoint, path, stride)
     defaults = {"data": "data", "cache": DEFAULT_CACHE, "test_size": 224, "precision": "auto"}
     checkpoint["args"] = defaults | checkpoint.get("args", {})
     return network, checkpoint
@@ -321,7 +318,8 @@ def open_store(args: argparse.Namespace, checkpoint: dict, count: int) -> ImageS
         DataError: the classes are others.
     """
     trained = checkpoint["args"]
-    cache = args.cache or (trained["cache"] if Path(trained["cache"]).is_dir() else DEFAULT_CACHE)
+    usable = os.access(trained["cache"], os.W_OK)  # it may be another machine's or user's
+    cache = args.cache or (trained["cache"] if usable else DEFAULT_CACHE)
     # the split says which images are needed; others may be unreadable
     store = ImageStore(args.data or trained["data"], cache, skip_bad_images=True)
     if checkpoint.get("classes", store.classes) != store.classes or len(store.classes) != count:

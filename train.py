@@ -15,6 +15,7 @@ import contextlib
 import copy
 import csv
 import difflib
+import io
 import itertools
 import json
 import math
@@ -524,7 +525,7 @@ def initial_network(args, store: ImageStore, rows: torch.Tensor, source: dict) -
         images, _ = store.batch(rows[:256].to(store.pixels.device), torch.device("cpu"))
         whiten(network.features[0], to_inputs(images, size_range(args.train_size)[0]))
     if source:
-        new = transfer(network, source, store.classes)
+        new = transfer(network, source, store.classes, args.init)
         print0(f"initial weights from {args.init}{', the last layer anew' if new else ''}")
         if source.get("stride", 4) != args.stride:  # torchvision's do not hold it
             print0(f"{args.init} may need --stride {source.get('stride', 4)}")
@@ -868,10 +869,10 @@ def hold(ckpt: str):
     """Lock `ckpt`, where the system can, so that no two runs write one checkpoint.
 
     Raises:
-        TrainingError: another process holds it, or it is a folder.
+        TrainingError: another process holds it, or it is a folder or a device.
     """
-    if os.path.isdir(ckpt):
-        raise TrainingError(f"{ckpt}: is a folder; --ckpt takes the name of a file")
+    if os.path.exists(ckpt) and not os.path.isfile(ckpt):
+        raise TrainingError(f"{ckpt}: is a folder or a device; --ckpt takes the name of a file")
     Path(ckpt).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{ckpt}.lock", "w") as lock:
         try:
@@ -923,7 +924,10 @@ class Checkpoints:
         self.earlier = bool(files and not checkpoint)
         present = sum(file.stat().st_size for file in files)
         needed = max(size + 2 * state - present, state)  # a new state is beside the old
-        if trainer.compute.rank == 0 and shutil.disk_usage(Path(ckpt).parent).free < needed:
+        if (
+            trainer.compute.rank == 0
+            and shutil.disk_usage(os.path.dirname(os.path.realpath(ckpt))).free < needed
+        ):
             raise CheckpointError(
                 f"{ckpt}: checkpoints need {needed / 1e6:.0f} MB there; free some space or give "
                 "another --ckpt"
@@ -1060,14 +1064,16 @@ def print_opening(trainer: Trainer, about: dict, checkpoints: Checkpoints) -> No
         f"{args.train_size} pixels (tested at {args.test_size}), "
         f"{str(compute.dtype).removeprefix('torch.')} on {device_name(compute.device)}\n"
         f"{len(about['classes'])} classes, {train} training, {valid} validation and {test} test "
-        f"images: one validation image is {100 / valid:.2g} points\n"
+        f"images: one validation image is {100 / valid:.3g} points\n"
         f"classes: {data.shortened(about['classes'], 10)}\n"
         f"log in {shown(about['run'])}, best weights in {args.ckpt}"
     )
     if trainer.epoch or trainer.step:
         print0(f"continuing after epoch {trainer.epoch}, step {trainer.step} of {trainer.steps}")
         if checkpoints.history and not checkpoints.best:
-            print0(f"{args.ckpt}: not this run's weights; only those of a later epoch can be saved")
+            print0(
+                f"{args.ckpt} does not hold this run's weights; only a later epoch's can be saved"
+            )
     if checkpoints.earlier:
         print0(f"{args.ckpt} is of an earlier run, which this one replaces when it saves")
     if trainer.steps == 1:
@@ -1169,9 +1175,12 @@ def print_end(args: argparse.Namespace, history: list[dict], best: dict | None) 
 
 def run_command(main) -> None:
     """Run `main()`. What a user can fix ends as one line on standard error and an exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # the name of a file may not be text; not in a notebook
-            stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started us
+            setattr(sys, name, io.StringIO())
+        elif hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="backslashreplace")  # the name of a file may not be text
     threading.excepthook = ignore_writer
     status, rank = 1, os.environ.get("RANK", "0")
     try:
@@ -1188,8 +1197,7 @@ def run_command(main) -> None:
     except (DataError, CheckpointError, TrainingError) as error:
         message = f"error: {error}"
     except OSError as error:
-        place = "output" if isinstance(error, BrokenPipeError) else "the log"
-        place = os.fsdecode(error.filename or place)
+        place = os.fsdecode(error.filename or "output")
         message = f"error: {place}: {error.strerror or error}"
     except (RuntimeError, MemoryError) as error:
         message = f"error: {explain(error)}"

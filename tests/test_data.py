@@ -323,7 +323,7 @@ def test_a_data_set_larger_than_memory_is_mapped(tmp_path):
             file.truncate(count * 150_528)  # takes no space
         except OSError:
             pytest.skip("no sparse files of that size here")
-    (tmp_path / "k.json").write_text(json.dumps({"checksums": [1] * count}))
+    (tmp_path / "k.json").write_text(json.dumps({"checksums": [1] * count, "errors": {}}))
     store = object.__new__(data.ImageStore)
     store.pixels, _ = store.map_cache(["a"] * count, tmp_path / "k")
     store.labels = torch.zeros(count, dtype=torch.int64)

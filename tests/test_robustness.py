@@ -406,7 +406,7 @@ def test_a_best_checkpoint_that_is_not_the_runs_is_not_called_so(copy, one_epoch
         other = model.load(one_epoch / "alexnet.pth")
         model.save({**other, "split": {}, "epoch": 9, "valid_accuracy": 99.0}, copy / "alexnet.pth")
     resumed = run("train", "--resume", "--logdir", "runs", folder=copy)
-    assert "not this run's weights" in resumed.stdout
+    assert "does not hold this run's weights" in resumed.stdout
     assert "best: epoch" not in resumed.stdout
     assert "next: python test.py" not in resumed.stdout
 
