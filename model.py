@@ -111,27 +111,25 @@ def whiten(layer: nn.Conv2d, images: torch.Tensor) -> None:
     layer.weight.copy_(torch.cat([filters, -filters]).view_as(layer.weight))
 
 
-def transfer(
-    network: AlexNet, checkpoint: dict, classes: list[str], path="checkpoint"
-) -> list[str]:
+def transfer(network: AlexNet, checkpoint: dict, classes: list[str], path="checkpoint") -> bool:
     """Copy the weights of `checkpoint` into `network`, whose logits are for `classes`.
 
     The last layer stays as it is where the checkpoint has another number of classes, or classes
     of other names.
 
     Returns:
-        The names of the parameters that were not copied.
+        Whether the last layer is copied too.
 
     Raises:
         CheckpointError: as `build`.
     """
     source = build(checkpoint, path).state_dict()
-    last = [name for name in source if name.startswith("classifier.6.")]
-    if len(source[last[0]]) != len(classes) or checkpoint.get("classes", classes) != classes:
-        for name in last:
-            del source[name]
+    number = len(source["classifier.6.bias"])
+    whole = number == len(classes) and checkpoint.get("classes", classes) == classes
+    if not whole:
+        del source["classifier.6.weight"], source["classifier.6.bias"]
     network.load_state_dict(source, strict=False)
-    return [name for name in network.state_dict() if name not in source]
+    return whole
 
 
 def save(checkpoint: dict, path: str | Path) -> None:
@@ -159,29 +157,23 @@ def save(checkpoint: dict, path: str | Path) -> None:
             os.unlink(temporary)
 
 
-def load(path: str | Path, verify: bool = True) -> dict:
+def load(path: str | Path) -> dict:
     """Read a checkpoint onto the CPU without running any code that it may hold.
 
     Weights that another script saved come back as `{"state_dict": ...}`: a bare state_dict, or
     one inside a dict, whatever wrapper's prefixes its keys have.
 
-    Args:
-        verify: compare the file with its checksums, which torch.load does not. It reads all of
-            the file; without it, tensors are mapped and read when they are used.
-
     Raises:
         CheckpointError: the file is missing, damaged, unsafe, or holds no AlexNet.
     """
     try:
-        zipped = zipfile.is_zipfile(path)  # files from before PyTorch 1.6 are not
-        if zipped and verify:
+        if zipfile.is_zipfile(path):  # files from before PyTorch 1.6 are not
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
+                if archive.testzip():  # torch.load compares no checksums
                     raise zipfile.BadZipFile
-        mapped = zipped and not verify
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an error says what matters
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         hint = "; train.py writes one" if isinstance(error, FileNotFoundError) else ""
         raise CheckpointError(

@@ -139,8 +139,8 @@ def utf8(text: str) -> str:
 
 def train_sizes(text: str) -> str:
     """Check --train-size, for argparse's `type`."""
-    low, high = size_range(text) if re.fullmatch(r"\d+(-\d+)?", text) else (0, 0)
-    if not 64 <= low <= high <= data.SIZE:
+    sizes = [int(size) for size in text.split("-")] if re.fullmatch(r"\d+(-\d+)?", text) else [0]
+    if not 64 <= sizes[0] <= sizes[-1] <= data.SIZE:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size from 64 to {data.SIZE}, or A-B")
     return text
 
@@ -220,9 +220,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | Non
     known = vars(first).keys() - {"ckpt", "resume"}
     parser.set_defaults(**{name: value for name, value in stored.items() if name in known})
     args = parser.parse_args(argv)
-    for name in ("data", "cache", "logdir", "init"):  # so that they are found from any folder
-        value = getattr(args, name)
-        if (name, value) != ("data", "sample") and value not in INITS:
+    words = {"data": ("sample",), "cache": (), "logdir": (), "init": INITS}
+    for name, others in words.items():  # absolute, so that they are found from any folder
+        if (value := getattr(args, name)) not in others:
             setattr(args, name, os.path.abspath(os.path.expanduser(value)))
     for name, value in vars(args).items():
         if name in known - MAY_CHANGE and stored.get(name, value) != value:
@@ -267,7 +267,7 @@ def find_checkpoint(last: Path, resume: bool) -> dict | None:
         return None
     if not last.exists():
         raise CheckpointError(f"{last}: nothing to resume; give the run's --name or --ckpt")
-    checkpoint = load(last, verify=os.environ.get("RANK", "0") == "0")
+    checkpoint = load(last)
     if "optimizer" not in checkpoint:
         raise CheckpointError(f"{last}: is not for --resume; train.py names those NAME.last.pth")
     if resume:
@@ -291,9 +291,11 @@ class Compute:
     world_size: int = 1
     local_rank: int = 0
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> contextlib.AbstractContextManager:
         """Return a context in which convolutions and matrix products compute in `dtype`."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
+        if self.dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of `tensor` over all processes."""
@@ -330,6 +332,8 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    if rank >= world_size:
+        raise TrainingError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; set both")
     if device == "auto":
         mps = world_size == 1 and torch.backends.mps.is_available()  # gloo and NCCL have no MPS
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -483,18 +487,13 @@ def learning_rate(args: argparse.Namespace, progress: float) -> float:
     return args.lr * (1 + math.cos(math.pi * done)) / 2
 
 
-def size_range(text: str) -> tuple[int, int]:
-    """Return the first and the last size of --train-size: "80-128" -> (80, 128)."""
-    sizes = [int(size) for size in text.split("-")]
-    return sizes[0], sizes[-1]
-
-
-def train_size(sizes: tuple[int, int], epochs: int, epoch: int) -> int:
-    """Return the pixels a side in `epoch`, counted from 0: grown in steps of 16."""
-    growing = 0.8 * epochs - 1
+def train_size(args: argparse.Namespace, epoch: int) -> int:
+    """Return the pixels a side in `epoch`, counted from 0: A-B grows in steps of 16."""
+    first, _, last = args.train_size.partition("-")
+    first, last, growing = int(first), int(last or first), 0.8 * args.epochs - 1
     if epoch >= growing:
-        return sizes[1]
-    return sizes[0] + int((sizes[1] - sizes[0]) * epoch / growing) // 16 * 16
+        return last
+    return first + int((last - first) * epoch / growing) // 16 * 16
 
 
 def test_size(args: argparse.Namespace) -> int:
@@ -503,7 +502,7 @@ def test_size(args: argparse.Namespace) -> int:
     A larger image makes up for that (https://arxiv.org/abs/1906.06423); 9/8 is the best of 1, 9/8,
     5/4 and 3/2 on validation.
     """
-    largest = size_range(args.train_size)[1]
+    largest = train_size(args, args.epochs)
     return min(data.SIZE, largest * 9 // 64 * 8) if "crop" in args.augment else largest
 
 
@@ -523,10 +522,10 @@ def initial_network(args, store: ImageStore, rows: torch.Tensor, source: dict) -
         init_he(network)
     if args.init == "whiten":
         images, _ = store.batch(rows[:256].to(store.pixels.device), torch.device("cpu"))
-        whiten(network.features[0], to_inputs(images, size_range(args.train_size)[0]))
+        whiten(network.features[0], to_inputs(images, train_size(args, 0)))
     if source:
-        new = transfer(network, source, store.classes, args.init)
-        print0(f"initial weights from {args.init}{', the last layer anew' if new else ''}")
+        whole = transfer(network, source, store.classes, args.init)
+        print0(f"initial weights from {args.init}{'' if whole else ', the last layer anew'}")
         if source.get("stride", 4) != args.stride:  # torchvision's do not hold it
             print0(f"{args.init} may need --stride {source.get('stride', 4)}")
     return network
@@ -548,6 +547,7 @@ class Trainer:
     Attributes:
         network: AlexNet on the device.
         averaged: its averaged weights, an AlexNet too; None without --ema.
+        evaluated: the one of the two that is validated and saved.
         epoch: the number of completed epochs.
         step: the number of completed steps in the epoch after those.
         sums: float32 (3,) on the device: loss, hits and images of these steps, of this process.
@@ -559,16 +559,22 @@ class Trainer:
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.sums = torch.zeros(3, device=compute.device)
         self.steps = math.ceil(len(rows) * args.repeats / args.batch_size)  # in an epoch
-        self.sizes = size_range(args.train_size)
         self.augment = [name for name in args.augment.split(",") if name != "none"]
         labels = store.labels.cpu()[rows]
         counts = torch.zeros(len(store.classes)).index_add_(0, labels, torch.ones(len(labels)))
-        self.log_prior = (counts.clamp(min=1) / len(rows)).log().to(compute.device)
+        # added to the logits in training, so that those of rare classes must be larger
+        # (https://arxiv.org/abs/2007.07314)
+        adjustment = args.logit_adjustment * (counts.clamp(min=1) / len(rows)).log()
+        self.adjustment = adjustment.to(compute.device)
+        self.criterion = torch.nn.CrossEntropyLoss(
+            reduction="sum", label_smoothing=args.label_smoothing
+        )
         self.network = network.to(compute.device, memory_format=memory_format(compute.device))
         self.ddp = self.network
         if compute.world_size > 1:
             self.ddp = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
         self.averaged = copy.deepcopy(self.network).eval() if args.ema else None
+        self.evaluated = self.averaged or self.network
         self.optimizer = torch.optim.AdamW(  # without weight decay it is Adam
             self.network.parameters(),
             weight_decay=args.weight_decay,
@@ -576,11 +582,6 @@ class Trainer:
         )
         fp16 = compute.dtype is torch.float16
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=fp16)  # else a no-op
-
-    @property
-    def evaluated(self) -> AlexNet:
-        """The network that is validated and saved."""
-        return self.averaged or self.network
 
     def epoch_plan(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return this epoch's rows of the store in order, and the random numbers of each.
@@ -590,29 +591,17 @@ class Trainer:
         """
         seed, images, repeats = self.args.seed, len(self.rows), self.args.repeats
         order = torch.randperm(images, generator=generator("order", seed, self.epoch))
-        order = (order[:, None] * repeats + torch.arange(repeats)).flatten()
         uniforms = data.draw_uniforms(self.augment, images * repeats, seed, self.epoch)
-        uniforms = {name: u[order].to(self.compute.device) for name, u in uniforms.items()}
-        return self.rows[order // repeats].to(self.store.pixels.device), uniforms
+        for name, numbers in uniforms.items():
+            numbers = numbers.view(images, repeats, -1)[order].flatten(0, 1)
+            uniforms[name] = numbers.to(self.compute.device)
+        rows = self.rows[order].repeat_interleave(repeats)
+        return rows.to(self.store.pixels.device), uniforms
 
     def inputs(self, rows: torch.Tensor, uniforms: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the network's inputs for those rows in this epoch, and their labels."""
         images, labels = self.store.batch(rows, self.compute.device)
-        size = train_size(self.sizes, self.args.epochs, self.epoch)
-        return to_inputs(images, size, uniforms), labels
-
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the summed cross-entropy, with smoothed labels and adjusted logits.
-
-        Adjusted by the classes' frequencies in training (https://arxiv.org/abs/2007.07314), the
-        logits of rare classes must be larger.
-        """
-        args = self.args
-        if args.logit_adjustment:
-            logits = logits + args.logit_adjustment * self.log_prior
-        return F.cross_entropy(
-            logits, labels, reduction="sum", label_smoothing=args.label_smoothing
-        )
+        return to_inputs(images, train_size(self.args, self.epoch), uniforms), labels
 
     def train_step(self, inputs: torch.Tensor, labels: torch.Tensor, images: int) -> None:
         """Take a step on this process's own of a batch of `images`. The CPU waits for no GPU."""
@@ -626,9 +615,10 @@ class Trainer:
         torch.manual_seed(seed_of("dropout", args.seed, self.epoch, self.step, rank))
         with self.compute.autocast():
             logits = self.ddp(inputs)
-            loss = self.loss(logits, labels)
+            adjusted = logits + self.adjustment
+            loss = self.criterion(adjusted, labels)
             if own < 1:
-                loss = own * loss + (1 - own) * self.loss(logits, labels.flip(0))
+                loss = own * loss + (1 - own) * self.criterion(adjusted, labels.flip(0))
             # as in validation
             plain_loss = F.cross_entropy(logits.detach(), labels, reduction="sum")
         self.optimizer.zero_grad()
@@ -772,6 +762,7 @@ class Log:
         self.trainer, self.about = trainer, about
         resumed = bool(trainer.epoch or trainer.step)
         self.folder = new_run_folder(about["run"], resumed)
+        begun = (self.folder / "train").exists()
         about["run"] = str(self.folder)
         for leftover in self.folder.glob("*.tmp"):  # of a process that was killed
             leftover.unlink()
@@ -779,7 +770,7 @@ class Log:
         purge = trainer.epoch + 1 if resumed else None
         self.train = SummaryWriter(self.folder / "train", purge_step=purge)
         self.valid = SummaryWriter(self.folder / "valid", purge_step=purge)
-        if not resumed:
+        if not begun:
             self.start()
         facts = {
             "command": f"`{about['command']}`",
@@ -977,7 +968,7 @@ def saved_best(ckpt: str, checkpoint: dict) -> dict | None:
     They are of a later epoch than `checkpoint` if the process was killed between the two files.
     """
     with contextlib.suppress(CheckpointError, KeyError):  # missing, or another program's
-        found = load(ckpt, verify=False)
+        found = load(ckpt)
         runs = {Path(each["run"]).name for each in (found, checkpoint)}
         if len(runs) == 1 and found["split"] == checkpoint["split"]:
             loss = found.get("valid_loss", -math.inf)  # version 1's do not hold it

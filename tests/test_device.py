@@ -123,7 +123,7 @@ def test_everything_is_on_the_device(pretend, recipe, resident):
     kept += trainer.averaged.parameters() if trainer.averaged else []
     for state in trainer.optimizer.state.values():
         kept += state.values()
-    assert {tensor.device for tensor in [*kept, trainer.sums, trainer.log_prior]} == {GPU}
+    assert {tensor.device for tensor in [*kept, trainer.sums, trainer.adjustment]} == {GPU}
     rows = torch.empty(20, dtype=torch.int64)
     for flip in (False, True):
         logits = train.evaluate(trainer.evaluated, store, rows, 64, trainer.compute, flip)
@@ -169,7 +169,7 @@ def leave_sums(trainer, monkeypatch):
 
 
 def leave_prior(trainer, monkeypatch):
-    trainer.log_prior = torch.zeros(10)
+    trainer.adjustment = torch.zeros(10)
 
 
 def leave_network(trainer, monkeypatch):

@@ -72,11 +72,10 @@ def test_a_whitening_layer_gives_uncorrelated_outputs_and_their_negatives():
 def test_build_returns_the_saved_network(network, tmp_path):
     checkpoint = {"state_dict": network.state_dict(), "stride": 4, "versions": {}}
     model.save(checkpoint, tmp_path / "net.pth")
-    for verify in (True, False):
-        again = model.build(model.load(tmp_path / "net.pth", verify))
-        images = torch.rand(1, 3, 64, 64)
-        assert torch.equal(network(images), again(images))
-        assert not again.training
+    again = model.build(model.load(tmp_path / "net.pth"))
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(network(images), again(images))
+    assert not again.training
 
 
 def test_a_link_stays_a_link(tmp_path):
@@ -143,7 +142,7 @@ def test_weights_are_found_in_whatever_form_others_save_them(form, zipped, netwo
     path = tmp_path / "net.pth"
     torch.save(FORMS[form](weights), path, _use_new_zipfile_serialization=zipped)
     target = model.AlexNet(7, stride=4)
-    assert not model.transfer(target, model.load(path), list("abcdefg"))
+    assert model.transfer(target, model.load(path), list("abcdefg"))
     assert {tensor.dtype for tensor in target.state_dict().values()} == {torch.float32}
     for name, tensor in target.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
@@ -156,8 +155,7 @@ def test_the_last_layer_stays_as_it_is_where_the_classes_differ(difference, netw
     if difference == "names":
         checkpoint["classes"] = list("ABCDEFG")
     last = network.classifier[-1].weight.clone()
-    copied = model.transfer(network, checkpoint, list("abcdefg"))
-    assert copied == ["classifier.6.weight", "classifier.6.bias"]
+    assert not model.transfer(network, checkpoint, list("abcdefg"))
     assert torch.equal(network.classifier[-1].weight, last)
     assert torch.equal(network.classifier[4].weight, source.classifier[4].weight)
 

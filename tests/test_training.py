@@ -90,10 +90,13 @@ def test_schedule_rises_evenly_then_falls_as_half_a_cosine():
 
 
 def test_train_size_grows_over_the_first_80_percent_of_the_epochs():
-    sizes = [train.train_size((128, 224), 10, epoch) for epoch in range(10)]
+    args = SimpleNamespace(train_size="128-224", epochs=10)
+    sizes = [train.train_size(args, epoch) for epoch in range(10)]
     assert sizes == [128, 128, 144, 160, 176, 192, 208, 224, 224, 224]
-    assert {train.train_size((96, 96), 10, epoch) for epoch in range(10)} == {96}
-    assert train.train_size((64, 128), 1, 0) == 128
+    args.train_size = "96"
+    assert {train.train_size(args, epoch) for epoch in range(10)} == {96}
+    args = SimpleNamespace(train_size="64-128", epochs=1)
+    assert train.train_size(args, 0) == 128
 
 
 @pytest.mark.parametrize(
