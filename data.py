@@ -14,14 +14,14 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
-import mmap
 import os
 import random
 import re
-import shutil
+import tempfile
 import time
 import uuid
 import warnings
@@ -31,6 +31,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps, PngImagePlugin
@@ -159,34 +160,37 @@ def locate(data: str, cache: str) -> Path:
 def download(folder: Path) -> Path:
     """Download Caltech101 (137 MB) into `folder` and return its folder of class folders.
 
-    It gets its final name when it is complete. An archive that arrived whole is kept for the next
-    try.
-
     Raises:
         DataError: it cannot be downloaded or written.
     """
-    partial, final = folder / ".partial", folder / "caltech101"
+    final = folder / "caltech101" / "101_ObjectCategories"
     print(f"downloading Caltech101, by Li, Andreeto, Ranzato, Perona, CC BY 4.0, to {folder}")
     try:
-        for leftover in ("caltech-101", "101_ObjectCategories"):  # half an extraction
-            shutil.rmtree(partial / leftover, ignore_errors=True)
-        with warnings.catch_warnings():  # Python 3.12 and later warn of how archives are extracted
-            warnings.simplefilter("ignore")
-            download_and_extract_archive(CALTECH101_URL, partial, md5=CALTECH101_MD5)
-            extract_archive(partial / "caltech-101" / "101_ObjectCategories.tar.gz", partial)
-        classes = partial / "101_ObjectCategories"
-        found = sum(1 for _ in images_in(classes))
-        if found != CALTECH101_IMAGES:
-            raise RuntimeError(f"{found} images arrived instead of {CALTECH101_IMAGES}")
-        final.mkdir(exist_ok=True)
-        os.replace(classes, final / "101_ObjectCategories")
-        shutil.rmtree(partial)
+        with complete_folder(final) as new, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python 3.12 and later warn of how archives are read
+            download_and_extract_archive(CALTECH101_URL, new.parent, md5=CALTECH101_MD5)
+            archive = new.parent / "caltech-101" / f"{new.name}.tar.gz"
+            extract_archive(archive, new.parent)
+            found = sum(1 for _ in images_in(new))
+            if found != CALTECH101_IMAGES:
+                raise RuntimeError(f"{found} images arrived instead of {CALTECH101_IMAGES}")
     except Exception as error:  # a broken connection or archive raises almost anything
         raise DataError(
             f"Caltech101 cannot be downloaded ({error}); try again, or unpack {CALTECH101_URL} "
             f"and the archive of images in it in {folder}, or try --data sample"
         ) from error
-    return final / "101_ObjectCategories"
+    return final
+
+
+@contextlib.contextmanager
+def complete_folder(path: Path):
+    """Yield the name of a folder that becomes `path` if the block ends well, else vanishes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as temporary:
+        new = Path(temporary, path.name)
+        yield new
+        with contextlib.suppress(OSError):  # another process was faster
+            os.replace(new, path)
 
 
 def part_of(name: str) -> str | None:
@@ -245,8 +249,8 @@ def find_images(root: Path) -> tuple[dict[str, tuple[str, str | None]], list[str
         folder = place.relative_to(root)
         images = list(filter(is_image, files))
         rest = [name for name in files if not is_image(name)]
-        links = (name for name in rest if "." not in name and not (place / name).exists())
-        empty.update(folder / name for name in links)  # to a drive that is not there
+        links = (n for n in rest if place == root or "." not in n)
+        empty.update(folder / n for n in links if not (place / n).exists())  # to a missing drive
         if place != root:
             paths += [(folder / name).as_posix() for name in images]
             others.update(os.path.splitext(n)[1].lower() or "without suffix" for n in rest)
@@ -280,19 +284,15 @@ def draw_sample(folder: Path, images_per_class: int = 80) -> Path:
     """
     if folder.is_dir():
         return folder
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
-        for name, outline in SHAPES.items():
-            (temporary / name).mkdir(parents=True, exist_ok=True)
-            for index in range(images_per_class):
-                image = draw_shape(outline, random.Random(f"{name} {index}"))
-                image.save(temporary / name / f"image_{index + 1:04d}.jpg", quality=90)
-        with contextlib.suppress(OSError):  # another process was faster
-            os.replace(temporary, folder)
+        with complete_folder(folder) as new:
+            for name, outline in SHAPES.items():
+                (new / name).mkdir(parents=True)
+                for index in range(images_per_class):
+                    image = draw_shape(outline, random.Random(f"{name} {index}"))
+                    image.save(new / name / f"image_{index + 1:04d}.jpg", quality=90)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror}); give --cache") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -376,32 +376,27 @@ def decode(file: str | Path | io.BytesIO) -> torch.Tensor:
     return pil_to_tensor(image).permute(1, 2, 0)
 
 
-def try_decode(path: Path) -> tuple[torch.Tensor, int, str]:
-    """Return `decode(path)`, a checksum of the file and no error, or black, 0 and the error."""
+def try_decode(path: Path) -> tuple[torch.Tensor, int | str]:
+    """Return `decode(path)` and the CRC-32 of the file, or black and why it cannot be read."""
     try:
         content = path.read_bytes()
-        return decode(io.BytesIO(content)), zlib.crc32(content) or 1, ""
+        return decode(io.BytesIO(content)), zlib.crc32(content)
     except Exception as error:  # Pillow raises almost anything on a damaged file
-        reason = str(error) or type(error).__name__
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        elif isinstance(error, Image.UnidentifiedImageError):
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
             reason = "not an image of a known kind"
-        return torch.zeros(SIZE, SIZE, 3, dtype=torch.uint8), 0, reason.splitlines()[0]
+        return torch.zeros(SIZE, SIZE, 3, dtype=torch.uint8), reason.splitlines()[0]
 
 
-def build_cache(root: Path, paths: list[str], target: Path) -> dict:
-    """Decode the images under `root` into TARGET.uint8, and describe it in TARGET.json.
+def build_cache(root: Path, paths: list[str], target: Path) -> list[int | str]:
+    """Decode the images under `root` into TARGET.uint8; return what `try_decode` says of each.
 
-    The description is written last: where it is, the pixels are complete. Several processes may
-    build one cache at once; each renames a complete one of its own.
-
-    Returns:
-        The description: `root`, and a checksum and an error, where there is one, for each path.
+    That goes into TARGET.json, which is written last: where it is, the pixels are complete. Several
+    processes may build one cache at once; each renames a complete one of its own.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(target)
-    checksums, errors = [], {}
+    checksums = []
     progress = tqdm(total=len(paths), desc="decoding once", unit=" images", disable=None)
     with (
         complete_file(target.with_suffix(".uint8")) as out,
@@ -409,18 +404,14 @@ def build_cache(root: Path, paths: list[str], target: Path) -> dict:
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         for start in range(0, len(paths), 256):  # bounds what waits in memory
-            chunk = paths[start : start + 256]
-            decoded = pool.map(try_decode, (root / path for path in chunk))
-            for path, (pixels, checksum, error) in zip(chunk, decoded, strict=True):
+            chunk = [root / path for path in paths[start : start + 256]]
+            for pixels, checksum in pool.map(try_decode, chunk):
                 out.write(pixels.numpy())
                 checksums.append(checksum)
-                if error:
-                    errors[path] = error
             progress.update(len(chunk))
-    description = {"root": os.path.realpath(root), "checksums": checksums, "errors": errors}
-    with complete_file(target.with_suffix(".json")) as out:
-        out.write(json.dumps(description).encode())
-    return description
+    with complete_file(target.with_suffix(".json"), "w") as out:
+        json.dump({"root": os.path.realpath(root), "checksums": checksums}, out)
+    return checksums
 
 
 @contextlib.contextmanager
@@ -500,8 +491,9 @@ class ImageStore:
             raise DataError(f"{self.root}: at least two class folders with images are needed")
         key = digest([SIZE, DECODING, [self.stamp(path) for path in paths]])
         target = Path(cache, f"{digest(os.path.realpath(self.root))}-{key}")
-        self.pixels, description = self.map_cache(paths, target)
-        checksums, errors = description["checksums"], description["errors"]
+        self.pixels, found = self.map_cache(paths, target)
+        found = dict(zip(paths, found, strict=True))
+        errors = {path: reason for path, reason in found.items() if isinstance(reason, str)}
         if errors:
             bad = shortened([f"{path!r} ({reason})" for path, reason in errors.items()])
             if not skip_bad_images:
@@ -510,9 +502,9 @@ class ImageStore:
                     "repair or remove them, or give --skip-bad-images"
                 )
             self.notes.append(f"{len(errors)} images cannot be read and are skipped: {bad}")
-        self.fingerprint = digest([paths, checksums])
-        self.checksums = {p: c for p, c in zip(paths, checksums, strict=True) if c}
-        self._row = {path: row for row, path in enumerate(paths) if checksums[row]}
+        self.checksums = {path: found[path] for path in paths if path not in errors}
+        self.fingerprint = digest([paths, [self.checksums.get(path, 0) for path in paths]])
+        self._row = {path: row for row, path in enumerate(paths) if path not in errors}
         self.paths = list(self._row)
 
     def stamp(self, path: str) -> tuple:
@@ -526,25 +518,24 @@ class ImageStore:
             status = os.lstat(self.root / path)
         return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
-    def map_cache(self, paths: list[str], target: Path) -> tuple[torch.Tensor, dict]:
-        """Return the pixels and their description from the cache; build it if need be."""
+    def map_cache(self, paths: list[str], target: Path) -> tuple[torch.Tensor, list[int | str]]:
+        """Return the pixels, and what `try_decode` says of each, from the cache or anew."""
         shape = (len(paths), SIZE, SIZE, 3)
         file = target.with_suffix(".uint8")
         try:
             try:
-                description = json.loads(target.with_suffix(".json").read_bytes())
-                complete = file.stat().st_size == math.prod(shape)
-                complete = complete and len(description["checksums"]) == len(paths)
-                if any(not try_decode(self.root / path)[2] for path in description["errors"]):
-                    complete = False  # it can be read now
+                checksums = json.loads(target.with_suffix(".json").read_bytes())["checksums"]
+                complete = (len(checksums), file.stat().st_size) == (len(paths), math.prod(shape))
+                bad = (p for p, c in zip(paths, checksums, strict=False) if isinstance(c, str))
+                if any(isinstance(try_decode(self.root / path)[1], int) for path in bad):
+                    complete = False  # an image can be read now
             except (OSError, ValueError, LookupError, TypeError):
                 complete = False
             if not complete:
-                description = build_cache(self.root, paths, target)
-            with open(file, "rb") as opened, warnings.catch_warnings():
+                checksums = build_cache(self.root, paths, target)
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns that the pixels are read-only
-                mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-                return torch.frombuffer(mapped, dtype=torch.uint8).view(shape), description
+                return torch.from_numpy(numpy.memmap(file, mode="r", shape=shape)), checksums
         except OSError as error:
             raise DataError(
                 f"{target.parent}: the decoded images ({math.prod(shape) / 1e6:.0f} MB) cannot be "
@@ -598,8 +589,8 @@ class ImageStore:
 def split(store: ImageStore, seed: int) -> dict[str, list[str]]:
     """Return the manifest, the paths in train, valid and test: 8:1:1 at random under `seed`.
 
-    Ready-made parts stay as they are; a missing one is drawn from train. A class without an image
-    in train gets one in exchange for another, so that it can be learned.
+    Ready-made parts stay as they are; a missing one is drawn from train. If train would lack a
+    class, the first image of each class comes to train, so that it can be learned.
 
     Raises:
         DataError: a part is empty.
@@ -612,23 +603,16 @@ def split(store: ImageStore, seed: int) -> dict[str, list[str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an empty part is an error below
         drawn = random_split(pool, shares, torch.Generator().manual_seed(seed))
-    manifest |= {part: list(subset) for part, subset in zip(missing, drawn, strict=True)}
+    labels = dict(zip(store.paths, store.labels[store.rows(store.paths)].tolist(), strict=True))
+    order = [path for subset in drawn for path in subset]
+    first = {labels[path]: path for path in reversed(order)}  # of each class
+    if first.keys() - {labels[path] for path in drawn[0]}:  # train lacks a class
+        order.sort(key=lambda path: path != first[labels[path]])  # the others keep their order
+    rest = iter(order)
+    for part, subset in zip(missing, drawn, strict=True):
+        manifest[part] = list(itertools.islice(rest, len(subset)))
     if not all(manifest.values()):
         raise DataError(f"{len(pool)} images are too few to split 8:1:1; at least 10 are needed")
-
-    labels = dict(zip(store.paths, store.labels[store.rows(store.paths)].tolist(), strict=True))
-    train = manifest["train"]
-    counts = Counter(labels[path] for path in train)
-    spare = iter(range(len(train)))
-    for part in (manifest[name] for name in missing if name != "train"):
-        for place, path in enumerate(part):
-            if not counts[labels[path]]:
-                other = next((i for i in spare if counts[labels[train[i]]] > 1), None)
-                if other is None:
-                    break
-                counts[labels[path]] += 1
-                counts[labels[train[other]]] -= 1
-                train[other], part[place] = path, train[other]
     return manifest
 
 
@@ -735,15 +719,14 @@ def draw_changes(uniforms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if "flip" in uniforms:
         changes["mirror"] = torch.where(uniforms["flip"][:, 0] < 0.5, -one, one)
     if "color" in uniforms:
-        for name, number in zip(
-            ("brightness", "contrast", "saturation"), uniforms["color"].unbind(1), strict=True
-        ):
-            changes[name] = COLOR * (2 * number - 1)
+        factors = COLOR * (2 * uniforms["color"] - 1)
+        changes |= zip(("brightness", "contrast", "saturation"), factors.unbind(1), strict=True)
     if "trivial" in uniforms:
-        operation, strength = uniforms["trivial"].unbind(1)
-        chosen = (operation * 2 * len(OPERATIONS)).long()  # the upper half chooses none
+        choice, strength = uniforms["trivial"].unbind(1)
+        slot = (choice * 2 * len(OPERATIONS)).long()  # half of the slots have no operation
         for index, (name, most) in enumerate(OPERATIONS.items()):
-            changes[name] = changes[name] + (chosen == index) * most * (2 * strength - 1)
+            # besides what crop and color have chosen
+            changes[name] = changes[name] + (slot == index) * most * (2 * strength - 1)
     return changes
 
 

@@ -10,11 +10,11 @@ test split go to the log folder of the run that the checkpoint is from.
 
 import argparse
 import csv
+import functools
 import json
 import math
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -66,6 +66,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("data", "cache", "split", "flip", "versus", "logdir"):
         if args.images and getattr(args, name) != parser.get_default(name):
             parser.error(f"--images needs no data set; --{name} does: give one of the two")
+    for name in ("json", "predictions"):
+        file = getattr(args, name)
+        if file and (os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or ".")):
+            parser.error(f"--{name} {file}: is a folder, or in one that does not exist")
+    if args.json and args.json == args.predictions:
+        parser.error(f"--json and --predictions are both {args.json}: give two files")
     return args
 
 
@@ -194,46 +200,45 @@ def captioned_grid(images: torch.Tensor, captions: list[str], columns: int = 8) 
     return pil_to_tensor(picture)
 
 
-def log_test(writer: SummaryWriter, result: dict, logits, labels, paths, images, step: int) -> None:
+def log_test(writer: SummaryWriter, step: int, result: dict, logits, store, paths, losses) -> None:
     """Log the metrics of a test, the confusion matrix, and which images and classes fail.
 
     Args:
-        result: as `metrics` returns it.
-        logits, labels, paths: of the tested images, in one order.
-        images: a function that returns those at given places, uint8 (N, 3, S, S).
         step: the checkpoint's epoch.
+        result: as `metrics` returns it.
+        logits, losses: (N, classes) and (N,), of the images `paths` of `store`.
     """
-    classes = [train.printable(entry["name"]) for entry in result["classes"]]
-    confidence, predicted = logits.softmax(1).max(1)
+    classes, rows = [train.printable(name) for name in store.classes], store.rows(paths)
+    labels, (confidence, predicted) = store.labels.cpu()[rows], logits.softmax(1).max(1)
     for tag in ("loss", "accuracy", "top5_accuracy", "mean_class_accuracy", "calibration_error"):
         writer.add_scalar(tag, result[tag], step)
-    pairs = torch.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2)
-    picture = confusion_picture(pairs.view(len(classes), -1), classes)
-    writer.add_image("confusion_matrix", picture, step)
+    matrix = torch.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2)
+    matrix = matrix.view(len(classes), -1)  # (true, predicted)
+    writer.add_image("confusion_matrix", confusion_picture(matrix, classes), step)
 
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    order = losses.argsort(descending=True).tolist()
-    worst = [i for i in order if predicted[i] != labels[i]][:32]
-    if worst:
+    order = losses.argsort(descending=True)
+    worst = order[(predicted != labels)[order]][:32]
+    if len(worst):
+        images, _ = store.batch(rows[worst].to(store.pixels.device), torch.device("cpu"))
         captions = [
             f"{train.printable(Path(paths[i]).name)}\ntrue: {classes[labels[i]]}\n"
             f"{classes[predicted[i]]}, {confidence[i]:.0%} sure"
-            for i in worst
+            for i in worst.tolist()
         ]
-        writer.add_image("worst_mistakes", captioned_grid(images(worst), captions), step)
-    confused = Counter(
-        (classes[true], classes[guess])
-        for true, guess in zip(labels.tolist(), predicted.tolist(), strict=True)
-        if true != guess
-    )
-    rows = [[*pair, count] for pair, count in confused.most_common(20)]
-    writer.add_text("most_confused", train.table(["true", "predicted", "images"], rows), step)
-    tested = [(entry["accuracy"], label) for label, entry in enumerate(result["classes"])]
-    ranked = sorted((accuracy, label) for accuracy, label in tested if accuracy is not None)
-    rows = [[classes[i], result["classes"][i]["images"], f"{a:.1f}"] for a, i in ranked]
-    writer.add_text(
-        "classes", train.table(["class, worst first", "images", "accuracy, %"], rows), step
-    )
+        writer.add_image("worst_mistakes", captioned_grid(images, captions), step)
+    counts, pairs = matrix.fill_diagonal_(0).flatten().sort(descending=True, stable=True)
+    confused = [
+        [classes[pair // len(classes)], classes[pair % len(classes)], count]
+        for pair, count in zip(pairs[:20].tolist(), counts[:20].tolist(), strict=True)
+        if count
+    ]
+    writer.add_text("most_confused", train.table(["true", "predicted", "images"], confused), step)
+    ranked = sorted((c["accuracy"], i) for i, c in enumerate(result["classes"]) if c["images"])
+    each = [
+        [classes[i], result["classes"][i]["images"], f"{accuracy:.1f}"] for accuracy, i in ranked
+    ]
+    header = ["class, worst first", "images", "accuracy, %"]
+    writer.add_text("classes", train.table(header, each), step)
     for _, label in ranked[:5]:
         tag = f"precision_recall/{classes[label]}"
         writer.add_pr_curve(tag, labels == label, logits.softmax(1)[:, label], step)
@@ -242,23 +247,19 @@ def log_test(writer: SummaryWriter, result: dict, logits, labels, paths, images,
 # ----------------------------------------------------------------------------------- commands
 
 
-def write_json(target: str | None, value: object) -> None:
-    """Write `value` to the file `target`, to standard output for `-`, nowhere for None."""
-    if target == "-":
-        print(json.dumps(value, indent=2))
-    elif target:
-        with complete_file(Path(target), "w") as file:
-            json.dump(value, file, indent=2)
-        print(f"results written to {target}", file=sys.stderr)
-
-
-def write_predictions(target: str | None, rows: list[list]) -> None:
-    """Write a CSV file of COLUMNS, a row for each image; nothing for None."""
-    if target:
+def write(args: argparse.Namespace, results: object, rows: list[list]) -> None:
+    """Write what `--json` and `--predictions` ask for; `rows` have COLUMNS, one an image."""
+    if args.json == "-":
+        print(json.dumps(results, indent=2))
+    elif args.json:
+        with complete_file(Path(args.json), "w") as file:
+            json.dump(results, file, indent=2)
+        print(f"results written to {args.json}", file=sys.stderr)
+    if args.predictions:
         options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-        with complete_file(Path(target), "w", **options) as file:
+        with complete_file(Path(args.predictions), "w", **options) as file:
             csv.writer(file).writerows([COLUMNS, *rows])
-        print(f"predictions written to {target}", file=sys.stderr)
+        print(f"predictions written to {args.predictions}", file=sys.stderr)
 
 
 def load_network(path: str, stride: int) -> tuple[AlexNet, dict]:
@@ -286,8 +287,8 @@ def predict(
     for path in map(Path, args.images):
         files += sorted(images_in(path)) or [path] if path.is_dir() else [path]
     for file in files:
-        pixels, _, error = try_decode(file)
-        if error:
+        pixels, error = try_decode(file)
+        if isinstance(error, str):
             error = "no images in this folder" if file.is_dir() else error
             print(f"test.py: {file}: {error}", file=sys.stderr)
             answers.append({"path": str(file), "error": error})
@@ -306,8 +307,7 @@ def predict(
             print(file)
             for guess in guesses:
                 print(f"  {100 * guess['probability']:5.1f} %  {guess['class']}")
-    write_json(args.json, answers)
-    write_predictions(args.predictions, rows)
+    write(args, answers, rows)
     return len(rows) == len(answers)
 
 
@@ -332,21 +332,19 @@ def open_store(args: argparse.Namespace, checkpoint: dict, count: int) -> ImageS
 
 def warn(args: argparse.Namespace, checkpoint: dict, store: ImageStore, manifest: dict) -> None:
     """Say on standard error what makes the result less than a test on unseen images."""
-    notes = []
+    note = functools.partial(print, "test.py:", file=sys.stderr)
     if "split" not in checkpoint:
-        notes.append(f"{args.ckpt}: has no split; it is drawn from --seed {args.seed}, unverified")
+        note(f"{args.ckpt}: has no split; it is drawn from --seed {args.seed}, unverified")
     if checkpoint.get("fingerprint", store.fingerprint) != store.fingerprint:
         changes = store.changes(checkpoint.get("checksums", store.checksums)) or "some"
-        notes.append(f"{store.root}: images have changed since training: {changes}")
+        note(f"{store.root}: images have changed since training: {changes}")
     if args.split != "train":
         seen = train.seen_images({"checksums": store.checksums, "split": manifest} | checkpoint)
         if known := [path for path in manifest[args.split] if store.checksums[path] in seen]:
-            notes.append(
+            note(
                 f"{len(known)} images, such as {known[0]!r}, were trained on: they are copies "
                 "of training images, or the initial weights have seen them"
             )
-    for note in notes:
-        print(f"test.py: {note}", file=sys.stderr)
 
 
 def compare(args, paths: list[str], hits: torch.Tensor, store: ImageStore, rows, compute) -> dict:
@@ -383,28 +381,22 @@ def test_folder(args: argparse.Namespace, checkpoint: dict) -> Path:
 
 
 def report(args, checkpoint: dict, store: ImageStore, paths: list[str], logits, result) -> None:
-    """Write what was asked for, log a test on the test split, and print the result."""
-    rows, names = store.rows(paths), store.classes
-    labels = store.labels.cpu()[rows]
+    """Print the result, write what was asked for, and log a test on the test split."""
+    labels, names = store.labels.cpu()[store.rows(paths)], store.classes
     confidence, predicted = logits.softmax(1).max(1)
     losses = F.cross_entropy(logits, labels, reduction="none")
     columns = (paths, labels.tolist(), predicted.tolist(), confidence.tolist(), losses.tolist())
-    lines = [[path, names[t], names[p], *more] for path, t, p, *more in zip(*columns, strict=True)]
-    write_predictions(args.predictions, lines)
-    if args.split == "test":
-        run, step = test_folder(args, checkpoint), checkpoint.get("epoch", 0)
-
-        def images(places):
-            return store.batch(rows[places].to(store.pixels.device), torch.device("cpu"))[0]
-
-        with SummaryWriter(run / "test", purge_step=step) as writer:
-            log_test(writer, result, logits, labels, paths, images, step)
-    write_json(args.json, result)
+    rows = [[path, names[t], names[p], *more] for path, t, p, *more in zip(*columns, strict=True)]
     if args.json != "-":
         if "split" in checkpoint:
             accuracy = f"valid accuracy {checkpoint['valid_accuracy']:.2f} %"
             print(f"{args.ckpt}: epoch {checkpoint['epoch']}, {accuracy}")
         print(summary(result, args))
+    write(args, result, rows)
+    if args.split == "test":
+        step = checkpoint.get("epoch", 0)
+        with SummaryWriter(test_folder(args, checkpoint) / "test", purge_step=step) as writer:
+            log_test(writer, step, result, logits, store, paths, losses)
 
 
 def main(argv: list[str] | None = None) -> None:
