@@ -126,6 +126,12 @@ def test_a_flag_of_the_data_set_contradicts_images(trained, tmp_path, flag):
     assert flag.split()[0] in refuse("test", *argv, folder=tmp_path, status=2)
 
 
+@pytest.mark.parametrize("flag", ["--json new/a", "--predictions .", "--json a --predictions a"])
+def test_files_that_cannot_be_written_are_refused_before_the_test(trained, tmp_path, flag):
+    argv = ["--ckpt", trained / "alexnet.pth", *flag.split()]
+    assert flag.split()[-1] in refuse("test", *argv, folder=tmp_path, status=2)
+
+
 # -------------------------------------------------------------------------------------- checkpoints
 
 

@@ -231,6 +231,12 @@ def test_a_missing_variable_is_one_line(odd_flags, tmp_path):
     assert "MASTER_ADDR" in failed.stderr
 
 
+def test_a_rank_alone_is_one_line(odd_flags, tmp_path):
+    before = partial(join, {"RANK": "1"}, None)
+    failed = run("train", *odd_flags, folder=tmp_path, before=before, status=1)
+    assert "RANK is 1, but WORLD_SIZE is 1" in one_line(failed)
+
+
 @thorough
 @pytest.mark.parametrize("argv", [["--epoch", 2], ["--data", "damaged"], ["--batch-size", 7]])
 def test_torchrun_ends_all_processes_after_one_message(odd_flags, photos, tmp_path, argv):

@@ -7,10 +7,12 @@ import random
 import shutil
 import struct
 import sys
+import threading
 from pathlib import Path
 
 import numpy
 import pytest
+import torch
 from commands import one_line, run, thorough
 from PIL import Image, ImageCms, PngImagePlugin
 
@@ -69,6 +71,10 @@ LAYOUTS = {
     "a stray image": (parts("train 9", "test 4") | {"train": 1}, TRAIN_TEST),
     "a class missing in val": (parts("train 9", "test 4") | {"val/dog": 3}, [18, 3, 8]),
     "two parts of train": (parts("train_a 4", "train_b 5", "test 4"), TRAIN_TEST),
+    "other words": (parts("traindata 9", "validate 3", "tests 4"), [18, 6, 8]),
+    "in each class": (parts("cat 9", "dog 9", classes=["train"])
+        | parts("cat 4", "dog 4", classes=["test"]), TRAIN_TEST),
+    "beside other folders": (parts("D/train 9", "D/test 4") | {"runs": 0, "labels": 0}, TRAIN_TEST),
     "names in another case": (parts("train 10") | {"val/Cat": 3, "val/Dog": 3}, [16, 2, 2]),
 }  # fmt: skip
 
@@ -84,7 +90,7 @@ def test_ready_made_parts_are_the_split(cache, tmp_path, name):
         given = [path for path in paths if store.parts.get(path) == part]
         assert given in ([], paths)  # a part is ready-made or drawn
         for path in given:
-            folder = path.split("/")[0].lower()
+            folder = path.rpartition("/")[0].lower()
             assert any(word in folder for word in words[part].split())
 
 
@@ -125,6 +131,11 @@ def test_train_may_be_the_name_of_a_class(cache, tmp_path, tree):
     store, _ = opened(draw(tmp_path / "data", tree), cache)
     assert {"bus", "train"} <= set(store.classes)
     assert sum(len(p) for p in data.split(store, 0).values()) == sum(tree.values())
+
+
+def test_words_of_parts_may_be_in_the_names_of_classes(cache, tmp_path):
+    store, _ = opened(draw(tmp_path / "data", {"positive test": 9, "negative test": 9}), cache)
+    assert store.classes == ["negative test", "positive test"]
 
 
 def test_system_folders_are_passed_over(cache, tmp_path):
@@ -370,7 +381,70 @@ def test_each_unreadable_image_is_named_with_its_reason(cache, tmp_path):
         assert f"'cat/{name}' ({reason}" in error
 
 
+@pytest.mark.parametrize("kind", ["png", "jpg", "gif", "tif", "webp", "jp2"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_an_image_with_damaged_pixels_is_refused(kind):
+    """Of files that are damaged in the middle, those are refused that Pillow refuses."""
+    if f".{kind}" not in data.SUFFIXES:
+        pytest.skip("this Pillow has no such decoder")
+    noise, sound = (
+        Image.frombytes("RGB", (99, 99), random.Random(0).randbytes(29_403)),
+        io.BytesIO(),
+    )
+    format = data.Image.registered_extensions()[f".{kind}"]
+    noise.save(sound, format, **({"compression": "tiff_lzw"} if kind == "tif" else {}))
+    refused = 0
+    for seed in range(20):
+        content, rng = bytearray(sound.getvalue()), random.Random(seed)
+        place = rng.randrange(len(content) // 3, len(content) - 200)
+        content[place : place + 100] = rng.randbytes(100)
+        if seed % 2:
+            del content[place:]
+        try:
+            Image.open(io.BytesIO(content)).convert("RGB")
+        except Exception:
+            refused += 1
+            with pytest.raises(Exception, match=r".+"):
+                data.decode(io.BytesIO(content))
+    assert refused > 5
+
+
+def test_an_image_that_could_not_be_read_is_tried_again(cache, tmp_path, monkeypatch):
+    folder = draw(tmp_path / "data", {"cat": 5, "dog": 5})
+    decode = data.decode
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "decode", lambda file: decode(io.BytesIO(b"")))
+        with pytest.raises(data.DataError, match="10 of 10 images cannot be read"):
+            opened(folder, cache)
+    store, _ = opened(folder, cache)
+    assert len(store.paths) == 10
+    assert torch.equal(store.pixels[0], decode(Path(folder, store.paths[0])))
+
+
 # ------------------------------------------------------------- where and how it is started
+
+
+def test_a_run_in_the_folder_of_the_images_can_be_resumed_and_tested(cache, tmp_path):
+    draw(tmp_path / "flowers", {"rose": 9, "tulip": 9})
+    run("train", "--data", ".", "--cache", cache, *TINY, folder=tmp_path)
+    run("train", "--resume", "--epochs", 2, folder=tmp_path)
+    run("test", folder=tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes")
+@pytest.mark.parametrize("flag", ["--json", "--predictions"])
+def test_what_is_no_file_is_written_to_and_not_replaced(trained, tmp_path, flag):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    reader = threading.Thread(target=lambda: contents.append((tmp_path / "pipe").read_text()))
+    contents = []
+    reader.start()
+    run("test", "--ckpt", trained / "alexnet.pth", flag, "link", folder=tmp_path)
+    reader.join()
+    assert contents[0].startswith(("{", "path,"))
+    assert (tmp_path / "pipe").is_fifo()
+    refused = run("train", "--ckpt", "pipe", *TINY, "--data", "sample", folder=tmp_path, status=1)
+    assert "pipe: is a folder or a device" in one_line(refused)
 
 
 def notebook() -> None:
@@ -378,9 +452,15 @@ def notebook() -> None:
     sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
 
 
+def service() -> None:
+    """Have no terminal, as programs that a service or pythonw starts."""
+    sys.stdout = sys.stderr = None
+
+
+@pytest.mark.parametrize("before", [notebook, service])
 @pytest.mark.parametrize("argv", [["--help"], TINY])
-def test_standard_output_need_not_be_a_file(photos, cache, tmp_path, argv):
-    run("train", "--data", photos, "--cache", cache, *argv, folder=tmp_path, before=notebook)
+def test_standard_output_need_not_be_a_file(photos, cache, tmp_path, argv, before):
+    run("train", "--data", photos, "--cache", cache, *argv, folder=tmp_path, before=before)
     assert (tmp_path / "alexnet.pth").exists() == ("--help" not in argv)
 
 

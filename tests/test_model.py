@@ -1,5 +1,6 @@
 """The network, its checkpoint file, and weights from elsewhere."""
 
+import argparse
 import errno
 import os
 import pickle
@@ -131,6 +132,12 @@ FORMS = {
         **renamed("net.{}".format)(weights),
         **{f"teacher.{name}": 0 * tensor for name, tensor in weights.items()},
     },
+    "AveragedModel": lambda weights: {
+        "n_averaged": torch.tensor(9), **renamed("module.{}".format)(weights)
+    },
+    "with counters": lambda weights: {**weights, "features.0.total_ops": torch.ones(1)},
+    "a dict in a dict": lambda weights: {"model": {"ema": {"state_dict": weights}}},
+    "beside arguments": lambda weights: {"args": argparse.Namespace(lr=1), "model": weights},
     "half": lambda weights: {name: tensor.half() for name, tensor in weights.items()},
 }  # fmt: skip
 
@@ -174,6 +181,7 @@ def refusals(network) -> dict:
         "a missing layer": (fewer, "not AlexNet's: .*features.3.bias"),
         "another layer": ({**weights, "features.1.weight": torch.ones(64)}, "not AlexNet's"),
         "a second head": ({**weights, "fc.weight": torch.ones(2)}, "not AlexNet's"),
+        "nan": ({**weights, "classifier.6.bias": torch.full((7,), torch.nan)}, "are not finite"),
         "numbers": ({**weights, "features.0.weight": torch.tensor(3)}, "not AlexNet's"),
     }
 

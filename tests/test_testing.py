@@ -262,6 +262,19 @@ def test_confusion_picture_shows_the_row_shares(count):
     assert picture.dtype == torch.uint8
 
 
+def test_confusion_picture_of_many_classes_is_not_larger_than_a_screen_can_show():
+    picture = test.confusion_picture(torch.eye(2000, dtype=torch.int64), ["name"] * 2000)
+    assert max(picture.shape) < 5000
+
+
+def test_the_result_is_printed_although_the_log_cannot_be_written(trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    argv = ["--ckpt", trained / "alexnet.pth", "--logdir", "file", "--predictions", "a.csv"]
+    failed = commands.run("test", *argv, folder=tmp_path, status=1)
+    assert "test: loss" in failed.stdout
+    assert (tmp_path / "a.csv").exists()
+
+
 def test_captioned_grid_holds_the_images():
     images = torch.randint(0, 256, (9, 3, 224, 224), dtype=torch.uint8)
     grid = test.captioned_grid(images, ["file\ntrue: a\nb, 90% sure"] * 9)
