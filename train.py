@@ -207,29 +207,28 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | Non
     The command line wins over the checkpoint, and that over the recipe.
     """
     first, _ = get_parser(add_help=False).parse_known_args(argv)
-    parser, recipe = get_parser(), RECIPES[first.recipe]
+    parser = get_parser()
     default = f"{first.name or 'alexnet'}.pth"
     ckpt = os.path.expanduser(default if first.ckpt is None else first.ckpt)
     if os.path.basename(ckpt) in ("", ".", ".."):
         parser.error(f"--ckpt {ckpt!r}: is not the name of a file")
     if Path(ckpt).stem.endswith(".last"):
         parser.error(f"--ckpt {ckpt}: NAME.last.pth lies beside NAME.pth; give NAME.pth")
-    parser.set_defaults(**adapt(recipe, first.epochs), ckpt=ckpt)
     checkpoint = find_checkpoint(last_path(ckpt), first.resume)
-    stored = checkpoint["args"] if checkpoint else {}
-    known = vars(first).keys() - {"ckpt", "resume"}
-    parser.set_defaults(**{name: value for name, value in stored.items() if name in known})
+    known = vars(first).keys() - {"ckpt", "resume"}  # version 1 has others
+    stored = {n: v for n, v in checkpoint["args"].items() if n in known} if checkpoint else {}
+    parser.set_defaults(**adapt(RECIPES[first.recipe], first.epochs) | stored)  # the later wins
     args = parser.parse_args(argv)
     words = {"data": ("sample",), "cache": (), "logdir": (), "init": INITS}
     for name, others in words.items():  # absolute, so that they are found from any folder
         if (value := getattr(args, name)) not in others:
             setattr(args, name, os.path.abspath(os.path.expanduser(value)))
-    for name, value in vars(args).items():
-        if name in known - MAY_CHANGE and stored.get(name, value) != value:
-            flag = "--" + name.replace("_", "-")
+    for name, value in stored.items():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
             parser.error(
-                f"{flag} {value}: the run in {last_path(ckpt)} has {stored[name]}, which "
-                f"cannot change; start another run, perhaps with --init {ckpt} --name NEW"
+                f"--{name.replace('_', '-')} {getattr(args, name)}: the run in {last_path(ckpt)} "
+                f"has {value}, which cannot change; start another run, perhaps with --init {ckpt} "
+                "--name NEW"
             )
     if checkpoint and args.epochs < checkpoint["epoch"]:
         parser.error(f"--epochs {args.epochs}: the run has trained {checkpoint['epoch']} already")
@@ -330,7 +329,7 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
     Raises:
         TrainingError: the device or a variable is missing.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
     if rank >= world_size:
         raise TrainingError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; set both")
