@@ -1129,14 +1129,6 @@ def resume_command(ckpt: str) -> str:
     return f"python train.py --resume{flag}"
 
 
-def duration(seconds: float) -> str:
-    """Return a time for people: 1 h 02 min, 12 min or 34 s."""
-    hours, minutes = divmod(round(seconds / 60), 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
-
-
 def print_epoch(history: list[dict], epochs: int, is_best: bool) -> None:
     """Print the line of a completed epoch, the last row of `history`."""
     row = history[-1]
@@ -1146,14 +1138,15 @@ def print_epoch(history: list[dict], epochs: int, is_best: bool) -> None:
         f"  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:5.2f} %"
         f"  valid loss {row['valid_loss']:.4f} accuracy {row['valid_accuracy']:5.2f} %"
         f"  rate {row['learning_rate']:.3g}  {row['images_per_second']:.1f} images/s"
-        f"  {row['seconds']:.1f} s, {f'{duration(left)} left' if left else 'the last'}"
+        f"  {row['seconds']:.1f} s, {tqdm.format_interval(left)} left"
         f"{'  best' if is_best else ''}"
     )
 
 
 def print_end(args: argparse.Namespace, history: list[dict], best: dict | None) -> None:
     """Print the result of a finished run, and what to do next."""
-    total, ckpt = duration(sum(row["seconds"] for row in history)), shlex.quote(args.ckpt)
+    total = tqdm.format_interval(sum(row["seconds"] for row in history))
+    ckpt = shlex.quote(args.ckpt)
     if best:
         accuracy = f"valid accuracy {best['valid_accuracy']:.2f} %"
         print0(f"best: epoch {best['epoch']}, {accuracy}, saved in {args.ckpt}")

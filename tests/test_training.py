@@ -380,7 +380,7 @@ def test_a_file_gets_a_line_each_minute_and_an_epoch_the_time_of_saving(flags, t
     rows = history(tmp_path / "runs" / "run")
     assert [float(row["seconds"]) for row in rows] == [200, 260, 200]
     assert [float(row["images_per_second"]) for row in rows] == pytest.approx([64 / 200] * 3)
-    assert "3 of 3 epochs trained, in 11 min" in output
+    assert "3 of 3 epochs trained, in 11:00;" in output
 
 
 def test_the_seed_decides_the_run_and_a_second_run_gets_a_folder_of_its_own(
