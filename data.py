@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import random
 import re
@@ -31,7 +32,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps, PngImagePlugin
@@ -50,7 +50,7 @@ SYSTEM_NAMES = {
     "background_google", "lost+found", "recycler", "system volume information",
     "thumbs.db", "desktop.ini",
 }  # fmt: skip
-PARTS = {  # patterns of a word in the name of a folder that holds a ready-made part of the split
+PARTS = {  # a folder is a ready-made part of the split if a word of its name matches
     "train": r"train(ing|val)?(set|data|images)?",
     "valid": r"(val|valid|validate|validation|dev)(set|data|images)?",
     "test": r"(test|tests|testing|eval|evaluation)(set|data|images)?",
@@ -68,7 +68,7 @@ SUFFIXES = {  # of files that Pillow decodes without other programs
 Image.MAX_IMAGE_PIXELS = 128_000_000  # Pillow refuses twice as many; here that is 1 GB as RGBA
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**27  # editors write megabytes
 warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata, without the file's name
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # errors are named by us, with the file
 
 
 class DataError(Exception):
@@ -131,8 +131,8 @@ def class_folders(folder: Path) -> list[str]:
 def locate(data: str, cache: str) -> Path:
     """Return the folder of class folders, or of parts, that `--data` means.
 
-    It is downloaded or drawn if need be. A folder whose images all lie in the folders of one
-    folder, as in an unpacked archive, stands for that.
+    It is downloaded or drawn if need be. If only one folder in it holds images, and has folders
+    with images itself, that is taken instead, as in an unpacked archive.
 
     Raises:
         DataError: there is none, or it cannot be downloaded or drawn.
@@ -184,20 +184,25 @@ def download(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def complete_folder(path: Path):
-    """Yield the name of a folder that becomes `path` if the block ends well, else vanishes."""
+    """Yield a temporary path; a folder made there becomes `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as temporary:
+    options = {"prefix": ".", "dir": path.parent, "ignore_cleanup_errors": True}
+    with tempfile.TemporaryDirectory(**options) as temporary:
         new = Path(temporary, path.name)
         yield new
-        with contextlib.suppress(OSError):  # another process was faster
+        try:
             os.replace(new, path)
+        except OSError:
+            if not (path.is_dir() and class_folders(path)):  # else another process was faster
+                raise
 
 
 def part_of(name: str) -> str | None:
     """Return train, valid or test if a folder's name, such as `seg_train` or `ValSet`, says so."""
     words = re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
-    parts = (part for word in words for part in PARTS if re.fullmatch(PARTS[part], word))
-    return next(parts, None)
+    # the last word first: a test_train is a train
+    found = (part for word in reversed(words) for part in PARTS if re.fullmatch(PARTS[part], word))
+    return next(found, None)
 
 
 def class_in_part(path: str) -> str | None:
@@ -223,15 +228,18 @@ def classify(paths: list[str]) -> dict[str, tuple[str, str | None]]:
     parts = {top: part for top in sorted(set(tops.values())) if (part := part_of(top))}
     labels = {path: class_in_part(path) for path in paths if tops[path] in parts}
     trained = {label for path, label in labels.items() if parts[tops[path]] == "train"} - {None}
-    if trained and len(set(parts.values())) > 1:
+    alone = len(parts) == len(set(tops.values()))  # there are parts and nothing else
+    kinds = set(parts.values())
+    if trained and (len(kinds) > 1 or (alone and len(trained) > 1)):
         known = {tops[path] for path, label in labels.items() if label in trained}
         return {
             p: (label, parts[tops[p]]) for p, label in labels.items() if label and tops[p] in known
         }
-    if not parts and len(inner) == len(paths) and None not in inner.values():
-        if {"train"} < set(inner.values()):
-            return {path: (top, inner[path]) for path, top in tops.items()}
-    if len(parts) == len(set(tops.values())) and len(set(parts.values())) > 1:
+    inner = {path: part for path, part in inner.items() if part}
+    complete = {tops[path] for path in inner} == set(tops.values())  # each class has parts
+    if not parts and complete and {"train"} < set(inner.values()):
+        return {path: (tops[path], part) for path, part in inner.items()}
+    if alone and len(kinds) > 1:
         raise DataError(
             f"{', '.join(parts)}: without class folders in train, nothing can be learned"
         )
@@ -249,8 +257,9 @@ def find_images(root: Path) -> tuple[dict[str, tuple[str, str | None]], list[str
         folder = place.relative_to(root)
         images = list(filter(is_image, files))
         rest = [name for name in files if not is_image(name)]
-        links = (n for n in rest if place == root or "." not in n)
-        empty.update(folder / n for n in links if not (place / n).exists())  # to a missing drive
+        suspects = (name for name in rest if place == root or "." not in name)
+        # broken links: perhaps to folders on a drive that is not there
+        empty.update(folder / name for name in suspects if not (place / name).exists())
         if place != root:
             paths += [(folder / name).as_posix() for name in images]
             others.update(os.path.splitext(n)[1].lower() or "without suffix" for n in rest)
@@ -377,7 +386,7 @@ def decode(file: str | Path | io.BytesIO) -> torch.Tensor:
 
 
 def try_decode(path: Path) -> tuple[torch.Tensor, int | str]:
-    """Return `decode(path)` and the CRC-32 of the file, or black and why it cannot be read."""
+    """Return `decode(path)` and the CRC-32 of the file; or black pixels and the error, as text."""
     try:
         content = path.read_bytes()
         return decode(io.BytesIO(content)), zlib.crc32(content)
@@ -389,9 +398,9 @@ def try_decode(path: Path) -> tuple[torch.Tensor, int | str]:
 
 
 def build_cache(root: Path, paths: list[str], target: Path) -> list[int | str]:
-    """Decode the images under `root` into TARGET.uint8; return what `try_decode` says of each.
+    """Decode the images under `root` into TARGET.uint8; return the CRC-32 or the error of each.
 
-    That goes into TARGET.json, which is written last: where it is, the pixels are complete. Several
+    Those go into TARGET.json, which is written last: where it is, the pixels are complete. Several
     processes may build one cache at once; each renames a complete one of its own.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -416,7 +425,7 @@ def build_cache(root: Path, paths: list[str], target: Path) -> list[int | str]:
 
 @contextlib.contextmanager
 def complete_file(path: Path, mode: str = "wb", **options):
-    """Open a file of another name that becomes `path` if the block ends well, else vanishes.
+    """Open a temporary file; it becomes `path` if the block succeeds, and is deleted otherwise.
 
     A device or a pipe is written to as it is, and a link stays a link.
     """
@@ -483,6 +492,8 @@ class ImageStore:
     def __init__(self, data: str, cache: str, skip_bad_images: bool = False):
         self.root = locate(data, cache)
         images, self.notes = find_images(self.root)
+        if os.path.realpath(self.root) != os.path.realpath(data):
+            self.notes.insert(0, f"images are read from {self.root}")
         paths, self.classes = list(images), sorted({label for label, _ in images.values()})
         label = {name: index for index, name in enumerate(self.classes)}
         self.labels = torch.tensor([label[name] for name, _ in images.values()])
@@ -491,7 +502,7 @@ class ImageStore:
             raise DataError(f"{self.root}: at least two class folders with images are needed")
         key = digest([SIZE, DECODING, [self.stamp(path) for path in paths]])
         target = Path(cache, f"{digest(os.path.realpath(self.root))}-{key}")
-        self.pixels, found = self.map_cache(paths, target)
+        self.pixels, found = self.map_cache(paths, target, retry=not skip_bad_images)
         found = dict(zip(paths, found, strict=True))
         errors = {path: reason for path, reason in found.items() if isinstance(reason, str)}
         if errors:
@@ -518,24 +529,28 @@ class ImageStore:
             status = os.lstat(self.root / path)
         return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
-    def map_cache(self, paths: list[str], target: Path) -> tuple[torch.Tensor, list[int | str]]:
-        """Return the pixels, and what `try_decode` says of each, from the cache or anew."""
+    def map_cache(self, paths: list[str], target: Path, retry: bool) -> tuple[torch.Tensor, list]:
+        """Return the pixels, and the CRC-32 or the error of each image; build the cache if need be.
+
+        With `retry`, it is built anew if an image that could not be read can be read now.
+        """
         shape = (len(paths), SIZE, SIZE, 3)
         file = target.with_suffix(".uint8")
         try:
             try:
                 checksums = json.loads(target.with_suffix(".json").read_bytes())["checksums"]
                 complete = (len(checksums), file.stat().st_size) == (len(paths), math.prod(shape))
-                bad = (p for p, c in zip(paths, checksums, strict=False) if isinstance(c, str))
-                if any(isinstance(try_decode(self.root / path)[1], int) for path in bad):
-                    complete = False  # an image can be read now
+                bad = [p for p, c in zip(paths, checksums, strict=True) if isinstance(c, str)]
+                if retry and any(isinstance(try_decode(self.root / p)[1], int) for p in bad):
+                    complete = False
             except (OSError, ValueError, LookupError, TypeError):
                 complete = False
             if not complete:
                 checksums = build_cache(self.root, paths, target)
-            with warnings.catch_warnings():
+            with open(file, "rb") as opened, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns that the pixels are read-only
-                return torch.from_numpy(numpy.memmap(file, mode="r", shape=shape)), checksums
+                mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+                return torch.frombuffer(mapped, dtype=torch.uint8).view(shape), checksums
         except OSError as error:
             raise DataError(
                 f"{target.parent}: the decoded images ({math.prod(shape) / 1e6:.0f} MB) cannot be "
@@ -590,7 +605,7 @@ def split(store: ImageStore, seed: int) -> dict[str, list[str]]:
     """Return the manifest, the paths in train, valid and test: 8:1:1 at random under `seed`.
 
     Ready-made parts stay as they are; a missing one is drawn from train. If train would lack a
-    class, the first image of each class comes to train, so that it can be learned.
+    class, the first image of each class in the drawn order moves to train.
 
     Raises:
         DataError: a part is empty.
@@ -621,7 +636,13 @@ def split(store: ImageStore, seed: int) -> dict[str, list[str]]:
 # Random numbers are a function of the seed and of where a run stands, so a run that is resumed
 # anywhere sees the same ones, and no random state is saved. Each augmentation has a stream of its
 # own: adding one, here and in `to_inputs`, does not change the others.
-AUGMENTATIONS = {"crop": 4, "flip": 1, "color": 3, "gray": 1, "trivial": 2}  # numbers an image
+AUGMENTATIONS = {
+    "crop": 4,
+    "flip": 1,
+    "color": 3,
+    "gray": 1,
+    "trivial": 2,
+}  # numbers for each image
 CROP_SCALE, CROP_RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 GRAY = 0.1  # the share of images that lose their colour
 COLOR = 0.3  # the largest change, either way, as a factor
@@ -725,7 +746,7 @@ def draw_changes(uniforms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         choice, strength = uniforms["trivial"].unbind(1)
         slot = (choice * 2 * len(OPERATIONS)).long()  # half of the slots have no operation
         for index, (name, most) in enumerate(OPERATIONS.items()):
-            # besides what crop and color have chosen
+            # added to what crop and color chose
             changes[name] = changes[name] + (slot == index) * most * (2 * strength - 1)
     return changes
 

@@ -121,7 +121,7 @@ def transfer(network: AlexNet, checkpoint: dict, classes: list[str], path="check
         Whether the last layer is copied too.
 
     Raises:
-        CheckpointError: as `build`.
+        CheckpointError: the weights are not AlexNet's, or not finite.
     """
     source = build(checkpoint, path).state_dict()
     number = len(source["classifier.6.bias"])
@@ -197,12 +197,14 @@ def load(path: str | Path) -> dict:
 def find_state_dict(checkpoint: dict, path: str | Path) -> dict:
     """Return the weights in a file of another script, under AlexNet's own names.
 
-    They may lie in a dict in a dict. DataParallel and DDP put `module.` before or inside of a name,
-    torch.compile `_orig_mod.`, and a class around the network the name of its attribute.
+    They may lie in a dict in a dict. DataParallel and DDP put `module.` at the start or in the
+    middle of a name, torch.compile `_orig_mod.`, and a class around the network the name of its
+    attribute.
     """
     candidates = [checkpoint]
-    for candidate in candidates:  # and what it holds
-        candidates += [value for value in candidate.values() if isinstance(value, dict)]
+    for candidate in candidates:  # grows by the dicts inside
+        inner = [value for value in candidate.values() if isinstance(value, dict)]
+        candidates += [value for value in inner if all(value is not known for known in candidates)]
         plain = {
             re.sub(r"\b(module|_orig_mod)\.", "", str(name)): value
             for name, value in candidate.items()
@@ -234,9 +236,10 @@ def build(checkpoint: dict, path: str | Path = "checkpoint", stride: int = 2) ->
             network = AlexNet(len(weights["classifier.6.weight"]), checkpoint.get("stride", stride))
         weights = {name: tensor.float() for name, tensor in weights.items()}
         network.load_state_dict(weights, assign=True)
+        finite = all(tensor.isfinite().all() for tensor in weights.values())
     except (RuntimeError, LookupError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{path}: its weights are not AlexNet's: {reason}") from error
-    if not all(tensor.isfinite().all() for tensor in weights.values()):
+    if not finite:
         raise CheckpointError(f"{path}: its weights are not finite; use others")
     return network.eval()

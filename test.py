@@ -50,9 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--split", choices=["test", "valid", "train"], default="test", help="part of the split")
     add("--data", type=path, help="as for train.py; default: where it was trained")
     add("--cache", type=path, help="folder for the decoded images; default: the training's")
-    add(
-        "--json", type=path, nargs="?", const="-", help="write the results to a file, or print them"
-    )
+    add("--json", type=path, nargs="?", const="-", help="print the results, or write them to JSON")
     add("--predictions", type=path, help="write a CSV file, a row for each image")
     add("--flip", action="store_true", help="also test the mean over each image and its mirror")
     add("--versus", type=path, help="compare with another checkpoint on the same images")
@@ -60,8 +58,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", type=train.DEVICE, default="auto", help="as for train.py")
     add("--precision", choices=train.PRECISIONS, help="default: the training's")
     add("--logdir", type=path, help="write events under this folder; default: the run's")
-    add("--seed", type=train.number(int, 0, 2**32), default=0, help="of the split, without one")
-    add("--stride", type=int, choices=[2, 4], default=2, help="for weights that do not hold it")
+    seed = train.number(int, 0, 2**32)
+    add("--seed", type=seed, default=0, help="of the split, if the checkpoint has none")
+    add("--stride", type=int, choices=[2, 4], default=2, help="if the checkpoint has none")
     args = parser.parse_args(argv)
     for name in ("data", "cache", "split", "flip", "versus", "logdir"):
         if args.images and getattr(args, name) != parser.get_default(name):
@@ -69,9 +68,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("json", "predictions"):
         file = getattr(args, name)
         if file and (os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or ".")):
-            parser.error(f"--{name} {file}: is a folder, or in one that does not exist")
-    if args.json and args.json == args.predictions:
-        parser.error(f"--json and --predictions are both {args.json}: give two files")
+            parser.error(f"--{name} {file}: is a folder, or its folder does not exist")
+    if args.json and args.predictions:
+        if os.path.realpath(args.json) == os.path.realpath(args.predictions):
+            parser.error(f"--json and --predictions are both {args.json}: give two files")
     return args
 
 
@@ -163,7 +163,7 @@ def summary(result: dict, args: argparse.Namespace) -> str:
 
 def confusion_picture(matrix: torch.Tensor, classes: list[str]) -> torch.Tensor:
     """Draw a matrix of counts (true, predicted) as uint8 (3, H, W); rows are normalised."""
-    cell = 24 if len(classes) <= 40 else max(1, min(10, 4000 // len(classes)))  # bounds the size
+    cell = 24 if len(classes) <= 40 else max(1, min(10, 4000 // len(classes)))  # pixels
     font = ImageFont.load_default(cell)
     margin = 12 + max(int(font.getlength(name)) for name in classes)
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
@@ -318,8 +318,7 @@ def open_store(args: argparse.Namespace, checkpoint: dict, count: int) -> ImageS
         DataError: the classes are others.
     """
     trained = checkpoint["args"]
-    usable = os.access(trained["cache"], os.W_OK)  # it may be another machine's or user's
-    cache = args.cache or (trained["cache"] if usable else DEFAULT_CACHE)
+    cache = args.cache or (trained["cache"] if os.path.isdir(trained["cache"]) else DEFAULT_CACHE)
     # the split says which images are needed; others may be unreadable
     store = ImageStore(args.data or trained["data"], cache, skip_bad_images=True)
     if checkpoint.get("classes", store.classes) != store.classes or len(store.classes) != count:

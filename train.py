@@ -15,7 +15,6 @@ import contextlib
 import copy
 import csv
 import difflib
-import io
 import itertools
 import json
 import math
@@ -79,9 +78,14 @@ class TrainingError(Exception):
     """Training or testing cannot continue; the message says what to change."""
 
 
+def process_rank() -> int:
+    """Return the number of this process among all."""
+    return int(os.environ.get("RANK") or 0)
+
+
 def let_process_0_speak() -> None:
     """Let process 0 report an error first; the launcher then ends the others."""
-    if os.environ.get("RANK", "0") != "0":
+    if process_rank():
         time.sleep(5)
 
 
@@ -188,8 +192,9 @@ def get_parser(**options) -> Parser:
     add("--deterministic", action="store_true", help="the same numbers again on CUDA")
 
     add = parser.add_argument_group("output").add_argument
-    add("--name", type=name, help="of the run; default: date and time")
-    add("--ckpt", help="best weights; NAME.last.pth beside it is for --resume")
+    add("--name", type=name, help="of the run: logs to LOGDIR/NAME and saves NAME.pth; default: "
+        "date and time, and alexnet.pth")  # fmt: skip
+    add("--ckpt", help="another file for the best weights; NAME.last.pth beside it is for --resume")
     add("--resume", action="store_true", help="continue the run of --ckpt, with its arguments")
     add("--logdir", type=utf8, default="runs", help="folder of the runs, for TensorBoard")
     return parser
@@ -204,7 +209,7 @@ def last_path(ckpt: str) -> Path:
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
     """Return the arguments and, when a run is resumed, its checkpoint.
 
-    The command line wins over the checkpoint, and that over the recipe.
+    The command line wins over the checkpoint, and the checkpoint over the recipe.
     """
     first, _ = get_parser(add_help=False).parse_known_args(argv)
     parser = get_parser()
@@ -324,15 +329,16 @@ class Compute:
 def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
     """Choose device and precision, and meet the other processes of torchrun or of a cluster.
 
-    They are told by PyTorch's `env://` variables: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+    These find each other by the variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which is
+    PyTorch's `env://`.
 
     Raises:
         TrainingError: the device or a variable is missing.
     """
-    rank, world_size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    rank, world_size = process_rank(), int(os.environ.get("WORLD_SIZE") or 1)
+    local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
     if rank >= world_size:
-        raise TrainingError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; set both")
+        raise TrainingError(f"RANK is {rank}, but must be below WORLD_SIZE, which is {world_size}")
     if device == "auto":
         mps = world_size == 1 and torch.backends.mps.is_available()  # gloo and NCCL have no MPS
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -391,7 +397,7 @@ def device_name(device: torch.device) -> str:
 
 def print0(*values) -> None:
     """Print in process 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if process_rank() == 0:
         print(*values, flush=True)
 
 
@@ -603,7 +609,11 @@ class Trainer:
         return to_inputs(images, train_size(self.args, self.epoch), uniforms), labels
 
     def train_step(self, inputs: torch.Tensor, labels: torch.Tensor, images: int) -> None:
-        """Take a step on this process's own of a batch of `images`. The CPU waits for no GPU."""
+        """Take a step on this process's share of a batch. The CPU waits for no GPU.
+
+        Args:
+            images: their number in the shares of all processes together.
+        """
         args, rank = self.args, self.compute.rank
         progress = self.epoch + (self.step + 0.5) / self.steps
         self.optimizer.param_groups[0]["lr"] = learning_rate(args, progress)
@@ -614,10 +624,10 @@ class Trainer:
         torch.manual_seed(seed_of("dropout", args.seed, self.epoch, self.step, rank))
         with self.compute.autocast():
             logits = self.ddp(inputs)
-            adjusted = logits + self.adjustment
-            loss = self.criterion(adjusted, labels)
+            loss = self.criterion(logits + self.adjustment, labels)
             if own < 1:
-                loss = own * loss + (1 - own) * self.criterion(adjusted, labels.flip(0))
+                others = self.criterion(logits + self.adjustment, labels.flip(0))
+                loss = own * loss + (1 - own) * others
             # as in validation
             plain_loss = F.cross_entropy(logits.detach(), labels, reduction="sum")
         self.optimizer.zero_grad()
@@ -762,7 +772,7 @@ class Log:
         resumed = bool(trainer.epoch or trainer.step)
         self.folder = new_run_folder(about["run"], resumed)
         begun = (self.folder / "train").exists()
-        about["run"] = str(self.folder)
+        about["run"] = str(self.folder)  # the checkpoints hold it too
         for leftover in self.folder.glob("*.tmp"):  # of a process that was killed
             leftover.unlink()
         # drop what an earlier process has logged of epochs that come again
@@ -888,7 +898,7 @@ class Checkpoints:
     two leaves the best of a later epoch, and the resumed run takes that as its best.
 
     Args:
-        about: what both files hold besides.
+        about: what both files hold besides: classes, split, arguments and so on.
         checkpoint: the state to continue from, if there is one.
 
     Attributes:
@@ -925,7 +935,7 @@ class Checkpoints:
 
     def keep_best(self, row: dict) -> bool:
         """Keep the present weights if they are the best so far: at equal accuracy, by the loss."""
-        if self.best and row["epoch"] != self.best["epoch"]:  # a killed process may have saved it
+        if self.best and row["epoch"] != self.best["epoch"]:  # equal if a killed process saved it
             new, old = ((each["valid_accuracy"], -each["valid_loss"]) for each in (row, self.best))
             if new <= old:
                 return False
@@ -949,7 +959,7 @@ class Checkpoints:
         if self.trainer.compute.rank == 0:
             best = self.best or {"valid_accuracy": None, "valid_loss": None}
             job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-            more = {"history": self.history, "job": job, **state}  # with an epoch of its own
+            more = {"history": self.history, "job": job, **state}  # its epoch replaces the best one
             save(self.about | best | more, last_path(self.trainer.args.ckpt))
         self.saved_at = time.perf_counter()
         self.seconds = self.saved_at - started
@@ -969,9 +979,11 @@ def saved_best(ckpt: str, checkpoint: dict) -> dict | None:
     with contextlib.suppress(CheckpointError, KeyError):  # missing, or another program's
         found = load(ckpt)
         runs = {Path(each["run"]).name for each in (found, checkpoint)}
-        if len(runs) == 1 and found["split"] == checkpoint["split"]:
-            loss = found.get("valid_loss", -math.inf)  # version 1's do not hold it
-            best = {name: found[name] for name in ("epoch", "valid_accuracy")}
+        best = {name: found[name] for name in ("epoch", "valid_accuracy")}
+        later = best["epoch"] > checkpoint["epoch"]
+        rows = [row for row in checkpoint["history"] if best.items() <= row.items()]
+        if len(runs) == 1 and found["split"] == checkpoint["split"] and (later or rows):
+            loss = rows[0]["valid_loss"] if rows else found["valid_loss"]
             return best | {"valid_loss": loss}
     return None
 
@@ -1024,7 +1036,8 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
     run = Path(args.logdir, args.name or time.strftime("%Y-%m-%d_%H-%M-%S"))
     if checkpoint:
         trainer.load_state_dict(checkpoint)
-        command = "; ".join([*filter(None, [checkpoint.get("command")]), command])
+        if "command" in checkpoint:  # version 1's do not hold it
+            command = f"{checkpoint['command']}; {command}"
         run = Path(args.logdir, Path(checkpoint["run"]).name)
     return trainer, {
         "classes": store.classes,
@@ -1062,7 +1075,8 @@ def print_opening(trainer: Trainer, about: dict, checkpoints: Checkpoints) -> No
         print0(f"continuing after epoch {trainer.epoch}, step {trainer.step} of {trainer.steps}")
         if checkpoints.history and not checkpoints.best:
             print0(
-                f"{args.ckpt} does not hold this run's weights; only a later epoch's can be saved"
+                f"{args.ckpt} does not hold this run's best weights; the best of the epochs from "
+                "here on are saved instead"
             )
     if checkpoints.earlier:
         print0(f"{args.ckpt} is of an earlier run, which this one replaces when it saves")
@@ -1101,7 +1115,8 @@ def main(argv: list[str] | None = None) -> None:
                 checkpoints.save_if_due(last=trainer.epoch == args.epochs)
                 print_epoch(history, args.epochs, is_best)
         except BrokenPipeError:  # nobody reads the output
-            if compute.world_size == 1:  # other processes do not know of it
+            alone = compute.world_size == 1  # other processes do not know of it
+            if alone and (trainer.epoch or not checkpoints.earlier):
                 checkpoints.save()
             raise
         except Interrupted as interrupted:
@@ -1161,11 +1176,11 @@ def run_command(main) -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by who started us
-            setattr(sys, name, io.StringIO())
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="backslashreplace")  # the name of a file may not be text
     threading.excepthook = ignore_writer
-    status, rank = 1, os.environ.get("RANK", "0")
+    status = 1
     try:
         main()
         leave_group()
@@ -1175,12 +1190,13 @@ def run_command(main) -> None:
         message, status = "; ".join(["interrupted", *advice]), 128 + signum
         if isinstance(interrupted, Interrupted):
             leave_group()  # all processes are here
-        if rank != "0":
+        if process_rank():
             sys.exit(status)
     except (DataError, CheckpointError, TrainingError) as error:
         message = f"error: {error}"
     except OSError as error:
-        place = os.fsdecode(error.filename or "output")
+        place = "output" if isinstance(error, BrokenPipeError) else "the log"
+        place = os.fsdecode(error.filename or place)
         message = f"error: {place}: {error.strerror or error}"
     except (RuntimeError, MemoryError) as error:
         message = f"error: {explain(error)}"

@@ -20,8 +20,10 @@ thorough = pytest.mark.skipif("THOROUGH" not in os.environ, reason="takes long; 
 ROOT = Path(__file__).resolve().parent.parent
 # the fork server takes its path from here, so that tests run from any folder
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train", "test", "commands"])
+fast = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
+context = multiprocessing.get_context("forkserver" if fast else "spawn")
+if fast:
+    context.set_forkserver_preload(["train", "test", "commands"])
 
 
 def _child(program: str, argv: list[str], folder: str, before) -> None:

@@ -126,10 +126,17 @@ def test_a_flag_of_the_data_set_contradicts_images(trained, tmp_path, flag):
     assert flag.split()[0] in refuse("test", *argv, folder=tmp_path, status=2)
 
 
-@pytest.mark.parametrize("flag", ["--json new/a", "--predictions .", "--json a --predictions a"])
-def test_files_that_cannot_be_written_are_refused_before_the_test(trained, tmp_path, flag):
-    argv = ["--ckpt", trained / "alexnet.pth", *flag.split()]
-    assert flag.split()[-1] in refuse("test", *argv, folder=tmp_path, status=2)
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ("--json new/a", "--json new/a: is a folder, or its folder does not exist"),
+        ("--predictions .", "--predictions .: is a folder"),
+        ("--json ./a --predictions a", "are both ./a"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_the_test(trained, tmp_path, files, words):
+    argv = ["--ckpt", trained / "alexnet.pth", *files.split()]
+    assert words in refuse("test", *argv, folder=tmp_path, status=2)
 
 
 # -------------------------------------------------------------------------------------- checkpoints

@@ -234,7 +234,7 @@ def test_a_missing_variable_is_one_line(odd_flags, tmp_path):
 def test_a_rank_alone_is_one_line(odd_flags, tmp_path):
     before = partial(join, {"RANK": "1"}, None)
     failed = run("train", *odd_flags, folder=tmp_path, before=before, status=1)
-    assert "RANK is 1, but WORLD_SIZE is 1" in one_line(failed)
+    assert "RANK is 1, but must be below WORLD_SIZE, which is 1" in one_line(failed)
 
 
 @thorough

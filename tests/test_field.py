@@ -75,6 +75,10 @@ LAYOUTS = {
     "in each class": (parts("cat 9", "dog 9", classes=["train"])
         | parts("cat 4", "dog 4", classes=["test"]), TRAIN_TEST),
     "beside other folders": (parts("D/train 9", "D/test 4") | {"runs": 0, "labels": 0}, TRAIN_TEST),
+    "parts of train alone": (parts("train_a 5", "train_b 5"), [16, 2, 2]),
+    "names with test in them": (parts("my_test_train 9", "my_test_test 4"), TRAIN_TEST),
+    "a stray image in a class": (parts("cat 9", "dog 9", classes=["train"])
+        | parts("cat 4", "dog 4", classes=["test"]) | {"cat": 1}, TRAIN_TEST),
     "names in another case": (parts("train 10") | {"val/Cat": 3, "val/Dog": 3}, [16, 2, 2]),
 }  # fmt: skip
 
@@ -387,12 +391,9 @@ def test_an_image_with_damaged_pixels_is_refused(kind):
     """Of files that are damaged in the middle, those are refused that Pillow refuses."""
     if f".{kind}" not in data.SUFFIXES:
         pytest.skip("this Pillow has no such decoder")
-    noise, sound = (
-        Image.frombytes("RGB", (99, 99), random.Random(0).randbytes(29_403)),
-        io.BytesIO(),
-    )
-    format = data.Image.registered_extensions()[f".{kind}"]
-    noise.save(sound, format, **({"compression": "tiff_lzw"} if kind == "tif" else {}))
+    noise = Image.frombytes("RGB", (99, 99), random.Random(0).randbytes(29_403))
+    sound, options = io.BytesIO(), {"compression": "tiff_lzw"} if kind == "tif" else {}
+    noise.save(sound, Image.registered_extensions()[f".{kind}"], **options)
     refused = 0
     for seed in range(20):
         content, rng = bytearray(sound.getvalue()), random.Random(seed)
@@ -436,11 +437,13 @@ def test_a_run_in_the_folder_of_the_images_can_be_resumed_and_tested(cache, tmp_
 def test_what_is_no_file_is_written_to_and_not_replaced(trained, tmp_path, flag):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
-    reader = threading.Thread(target=lambda: contents.append((tmp_path / "pipe").read_text()))
     contents = []
+    pipe = tmp_path / "pipe"
+    reader = threading.Thread(target=lambda: contents.append(pipe.read_text()), daemon=True)
     reader.start()
-    run("test", "--ckpt", trained / "alexnet.pth", flag, "link", folder=tmp_path)
-    reader.join()
+    argv = ["--ckpt", trained / "alexnet.pth", "--logdir", "log"]
+    run("test", *argv, flag, "link", folder=tmp_path)
+    reader.join(60)
     assert contents[0].startswith(("{", "path,"))
     assert (tmp_path / "pipe").is_fifo()
     refused = run("train", "--ckpt", "pipe", *TINY, "--data", "sample", folder=tmp_path, status=1)

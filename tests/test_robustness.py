@@ -349,7 +349,7 @@ def test_a_run_killed_between_its_two_files_keeps_the_best(flags, tmp_path):
     assert "epoch 2, valid accuracy 50.00 %" in run("test", folder=tmp_path).stdout
     resumed = run("train", "--resume", folder=tmp_path, before=partial(score_as, [50.0, 40.0]))
     assert "best: epoch 2, valid accuracy 50.00 %" in resumed.stdout
-    assert "not the best" not in resumed.stdout
+    assert "does not hold" not in resumed.stdout
     again = model.load(tmp_path / "alexnet.pth")
     assert same(again["state_dict"], best["state_dict"])
     assert again["epoch"] == 2
@@ -396,6 +396,8 @@ def test_a_run_goes_on_in_another_place(copy, photos, tmp_path):
     run("train", "--resume", "--epochs", 4, *argv, folder=copy)
     with open(copy / "there" / "run" / "history.csv") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
+    events = [file.read_bytes() for file in (copy / "there" / "run").glob("*/events*")]
+    assert all(any(tag in content for content in events) for tag in (b"hparams", b"first_batch"))
     assert model.load(copy / "alexnet.last.pth")["args"]["data"] == str(moved)
 
 
@@ -406,7 +408,7 @@ def test_a_best_checkpoint_that_is_not_the_runs_is_not_called_so(copy, one_epoch
         other = model.load(one_epoch / "alexnet.pth")
         model.save({**other, "split": {}, "epoch": 9, "valid_accuracy": 99.0}, copy / "alexnet.pth")
     resumed = run("train", "--resume", "--logdir", "runs", folder=copy)
-    assert "does not hold this run's weights" in resumed.stdout
+    assert "does not hold this run's best weights" in resumed.stdout
     assert "best: epoch" not in resumed.stdout
     assert "next: python test.py" not in resumed.stdout
 
@@ -441,7 +443,7 @@ def as_version_1(folder: Path) -> None:
     """Turn the checkpoints in `folder` into those that the program wrote before version 2."""
     for path in folder.glob("*.pth"):
         checkpoint = model.load(path)
-        for name in ("size", "mean", "std", "command", "checksums"):
+        for name in ("size", "mean", "std", "command", "checksums", "valid_loss"):
             del checkpoint[name]
         checkpoint["versions"] = {"format": 1, "python": "3.11.7", "torch": "2.14.1"}
         checkpoint["args"] |= {"resume": None, "compile": False, "bf16_gradients": False}
