@@ -180,6 +180,12 @@ def test_a_folder_without_images_is_not_taken_for_the_data_set(archive, tmp_path
     assert count() == 80
 
 
+def test_a_folder_that_is_in_the_way_of_the_download_is_named(archive, tmp_path):
+    (tmp_path / "data" / "caltech101" / "101_ObjectCategories" / "empty").mkdir(parents=True)
+    with pytest.raises(data.DataError, match=r"cannot be downloaded .*101_ObjectCategories"):
+        count()
+
+
 def test_a_damaged_download_is_refused_and_the_next_try_succeeds(archive):
     content = archive.read_bytes()
     archive.write_bytes(content[: len(content) // 2])

@@ -427,7 +427,8 @@ def test_an_image_that_could_not_be_read_is_tried_again(cache, tmp_path, monkeyp
 
 def test_a_run_in_the_folder_of_the_images_can_be_resumed_and_tested(cache, tmp_path):
     draw(tmp_path / "flowers", {"rose": 9, "tulip": 9})
-    run("train", "--data", ".", "--cache", cache, *TINY, folder=tmp_path)
+    begun = run("train", "--data", ".", "--cache", cache, *TINY, folder=tmp_path)
+    assert f"images are read from {tmp_path / 'flowers'}" in begun.stdout
     run("train", "--resume", "--epochs", 2, folder=tmp_path)
     run("test", folder=tmp_path)
 

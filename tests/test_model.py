@@ -169,13 +169,15 @@ def test_the_last_layer_stays_as_it_is_where_the_classes_differ(difference, netw
 
 def refusals(network) -> dict:
     """Return what is refused: name -> (content of the file, words of the reason)."""
-    weights = network.state_dict()
+    weights, itself = network.state_dict(), {}
+    itself["itself"] = itself
     wider = {**weights, "features.3.weight": torch.zeros(200, 64, 5, 5)}
     fewer = {name: tensor for name, tensor in weights.items() if name != "features.3.bias"}
     return {
         "a pickled network": (network, "refused: it holds objects that could run code"),
         "any object": (SimpleNamespace(weights=weights), "refused"),
         "another network": (nn.Linear(2, 2).state_dict(), "holds no AlexNet's weights"),
+        "a dict in itself": (itself, "holds no AlexNet's weights"),
         "a tensor": (torch.zeros(3), "holds a Tensor, not a checkpoint"),
         "other sizes": (wider, "not AlexNet's: .*features.3.weight"),
         "a missing layer": (fewer, "not AlexNet's: .*features.3.bias"),
