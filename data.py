@@ -216,34 +216,44 @@ def class_in_part(path: str) -> str | None:
 def classify(paths: list[str]) -> dict[str, tuple[str, str | None]]:
     """Return path -> (class, part) by the names of folders; without a part if there are none.
 
-    A data set is split already if it has train, with class folders, and another part. What is in
-    no part or in no class folder is left out, and so is a part without any of train's classes,
-    such as images to predict. The parts may also lie in each class folder.
+    What lies in no part or in no class folder of a data set that is split already is left out.
 
     Raises:
         DataError: there are parts alone, but train is missing or has no class folders.
     """
     tops = {path: path.partition("/")[0] for path in paths}
-    inner = {path: part_of(path.split("/")[1]) for path in paths if path.count("/") > 1}
     parts = {top: part for top in sorted(set(tops.values())) if (part := part_of(top))}
-    labels = {path: class_in_part(path) for path in paths if tops[path] in parts}
+    found = classes_in_parts(tops, parts) if parts else parts_in_classes(tops)
+    return found or {path: (top, None) for path, top in tops.items()}
+
+
+def classes_in_parts(tops: dict[str, str], parts: dict[str, str]) -> dict:
+    """Return path -> (class, part) if train has class folders and is not the only part; else {}.
+
+    A part without any of train's classes, such as images to predict, is left out.
+    """
+    labels = {path: class_in_part(path) for path, top in tops.items() if top in parts}
     trained = {label for path, label in labels.items() if parts[tops[path]] == "train"} - {None}
-    alone = len(parts) == len(set(tops.values()))  # there are parts and nothing else
-    kinds = set(parts.values())
-    if trained and (len(kinds) > 1 or (alone and len(trained) > 1)):
+    alone = parts.keys() == set(tops.values())  # there are parts and nothing else
+    several = len(set(parts.values())) > 1
+    if trained and (several or (alone and len(trained) > 1)):
         known = {tops[path] for path, label in labels.items() if label in trained}
         return {
             p: (label, parts[tops[p]]) for p, label in labels.items() if label and tops[p] in known
         }
-    inner = {path: part for path, part in inner.items() if part}
-    complete = {tops[path] for path in inner} == set(tops.values())  # each class has parts
-    if not parts and complete and {"train"} < set(inner.values()):
-        return {path: (tops[path], part) for path, part in inner.items()}
-    if alone and len(kinds) > 1:
+    if several and alone:
         raise DataError(
             f"{', '.join(parts)}: without class folders in train, nothing can be learned"
         )
-    return {path: (top, None) for path, top in tops.items()}
+    return {}
+
+
+def parts_in_classes(tops: dict[str, str]) -> dict:
+    """Return path -> (class, part) if each class folder has parts, train among them; else {}."""
+    inner = {path: part_of(path.split("/")[1]) for path in tops if path.count("/") > 1}
+    found = {path: (tops[path], part) for path, part in inner.items() if part}
+    complete = {label for label, _ in found.values()} == set(tops.values())
+    return found if complete and {"train"} < {part for _, part in found.values()} else {}
 
 
 def find_images(root: Path) -> tuple[dict[str, tuple[str, str | None]], list[str]]:
