@@ -50,7 +50,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--split", choices=["test", "valid", "train"], default="test", help="part of the split")
     add("--data", type=path, help="as for train.py; default: where it was trained")
     add("--cache", type=path, help="folder for the decoded images; default: the training's")
-    add("--json", type=path, nargs="?", const="-", help="print the results, or write them to JSON")
+    add(
+        "--json", type=path, nargs="?", const="-", help="print the results, or write them to a file"
+    )
     add("--predictions", type=path, help="write a CSV file, a row for each image")
     add("--flip", action="store_true", help="also test the mean over each image and its mirror")
     add("--versus", type=path, help="compare with another checkpoint on the same images")
@@ -60,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--logdir", type=path, help="write events under this folder; default: the run's")
     seed = train.number(int, 0, 2**32)
     add("--seed", type=seed, default=0, help="of the split, if the checkpoint has none")
-    add("--stride", type=int, choices=[2, 4], default=2, help="if the checkpoint has none")
+    add("--stride", type=int, choices=[2, 4], default=2, help="first layer's, if the file has none")
     args = parser.parse_args(argv)
     for name in ("data", "cache", "split", "flip", "versus", "logdir"):
         if args.images and getattr(args, name) != parser.get_default(name):
