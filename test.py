@@ -50,9 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--split", choices=["test", "valid", "train"], default="test", help="part of the split")
     add("--data", type=path, help="as for train.py; default: where it was trained")
     add("--cache", type=path, help="folder for the decoded images; default: the training's")
-    add(
-        "--json", type=path, nargs="?", const="-", help="print the results, or write them to a file"
-    )
+    add("--json", type=path, nargs="?", const="-", help="print the results, or write this file")
     add("--predictions", type=path, help="write a CSV file, a row for each image")
     add("--flip", action="store_true", help="also test the mean over each image and its mirror")
     add("--versus", type=path, help="compare with another checkpoint on the same images")

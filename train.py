@@ -162,12 +162,7 @@ def get_parser(**options) -> Parser:
     add = parser.add_argument_group("experiment").add_argument
     add("--recipe", choices=list(RECIPES), default="report", help="defaults of other flags")
     add("--epochs", type=number(int, 1, 100_000), default=30, help="passes over the images")
-    add(
-        "--batch-size",
-        type=number(int, 1, 65_536),
-        default=64,
-        help="images in a step, of all processes",
-    )
+    add("--batch-size", type=number(int, 1, 65_536), default=64, help="images in a step, in total")
     add("--lr", type=number(float, 1e-12, 100), help="peak learning rate of Adam")
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate, after warm-up")
     add("--warmup-epochs", type=number(float, 0, 10_000), help="in which the learning rate rises")
