@@ -646,13 +646,8 @@ def split(store: ImageStore, seed: int) -> dict[str, list[str]]:
 # Random numbers are a function of the seed and of where a run stands, so a run that is resumed
 # anywhere sees the same ones, and no random state is saved. Each augmentation has a stream of its
 # own: adding one, here and in `to_inputs`, does not change the others.
-AUGMENTATIONS = {
-    "crop": 4,
-    "flip": 1,
-    "color": 3,
-    "gray": 1,
-    "trivial": 2,
-}  # numbers for each image
+# augmentation -> random numbers for each image
+AUGMENTATIONS = {"crop": 4, "flip": 1, "color": 3, "gray": 1, "trivial": 2}
 CROP_SCALE, CROP_RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 GRAY = 0.1  # the share of images that lose their colour
 COLOR = 0.3  # the largest change, either way, as a factor

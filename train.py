@@ -192,10 +192,9 @@ def get_parser(**options) -> Parser:
     add("--deterministic", action="store_true", help="the same numbers again on CUDA")
 
     add = parser.add_argument_group("output").add_argument
-    add("--name", type=name, help="of the run: logs to LOGDIR/NAME and saves NAME.pth; default: "
-        "date and time, and alexnet.pth")  # fmt: skip
-    add("--ckpt", help="another file for the best weights; NAME.last.pth beside it is for --resume")
-    add("--resume", action="store_true", help="continue the run of --ckpt, with its arguments")
+    add("--name", type=name, help="of the run, its log and NAME.pth; default: date and time")
+    add("--ckpt", help="file of the best weights; default: NAME.pth, or alexnet.pth without --name")
+    add("--resume", action="store_true", help="continue the run of --ckpt from its NAME.last.pth")
     add("--logdir", type=utf8, default="runs", help="folder of the runs, for TensorBoard")
     return parser
 
@@ -1016,7 +1015,7 @@ def open_data(args, checkpoint: dict | None, compute: Compute) -> tuple[ImageSto
 
 
 def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trainer, dict]:
-    """Return the trainer, where `checkpoint` left it, and what both checkpoints hold besides.
+    """Return the trainer, where `checkpoint` left it, and what both files of the run share.
 
     Raises:
         DataError: see `open_data`.
@@ -1026,19 +1025,23 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
         raise TrainingError(f"--batch-size must be a multiple of {compute.world_size} processes")
     store, manifest = open_data(args, checkpoint, compute)
     rows = store.rows(manifest["train"])
-    source = {} if checkpoint or args.init in INITS else load(args.init)
-    seen = set(checkpoint.get("seen", [])) if checkpoint else seen_images(source)
-    others = [store.checksums[path] for path in manifest["valid"] + manifest["test"]]
-    if source and (known := sum(checksum in seen for checksum in others)):
-        print0(f"{args.init} was trained on {known} of {len(others)} validation and test images")
-    trainer = Trainer(args, store, rows, compute, initial_network(args, store, rows, source))
     command = shlex.join(["python", *sys.argv])
-    run = Path(args.logdir, args.name or time.strftime("%Y-%m-%d_%H-%M-%S"))
     if checkpoint:
+        network = AlexNet(len(store.classes), args.stride, args.dropout)
+        trainer = Trainer(args, store, rows, compute, network)
         trainer.load_state_dict(checkpoint)
-        if "command" in checkpoint:  # version 1's do not hold it
+        seen, run = checkpoint.get("seen", []), Path(checkpoint["run"]).name
+        if "command" in checkpoint:  # version 1's do not hold it, nor "seen"
             command = f"{checkpoint['command']}; {command}"
-        run = Path(args.logdir, Path(checkpoint["run"]).name)
+    else:
+        source = {} if args.init in INITS else load(args.init)
+        trainer = Trainer(args, store, rows, compute, initial_network(args, store, rows, source))
+        seen, run = seen_images(source), args.name or time.strftime("%Y-%m-%d_%H-%M-%S")
+        others = [store.checksums[path] for path in manifest["valid"] + manifest["test"]]
+        if known := sum(checksum in seen for checksum in others):
+            print0(
+                f"{args.init} was trained on {known} of {len(others)} validation and test images"
+            )
     return trainer, {
         "classes": store.classes,
         "stride": args.stride,
@@ -1049,7 +1052,7 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
         "args": vars(args),
         "versions": VERSIONS,
         "command": command,  # of a resumed run, all of them
-        "run": str(run),
+        "run": str(Path(args.logdir, run)),
         "split": manifest,
         "fingerprint": store.fingerprint,
         "checksums": store.checksums,
@@ -1057,8 +1060,9 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
     }
 
 
-def print_opening(trainer: Trainer, about: dict, checkpoints: Checkpoints) -> None:
+def print_opening(checkpoints: Checkpoints) -> None:
     """Print what is trained, on what, and where it goes."""
+    trainer, about = checkpoints.trainer, checkpoints.about
     args, compute = trainer.args, trainer.compute
     train, valid, test = (len(about["split"][part]) for part in ("train", "valid", "test"))
     print0(
@@ -1076,7 +1080,7 @@ def print_opening(trainer: Trainer, about: dict, checkpoints: Checkpoints) -> No
         if checkpoints.history and not checkpoints.best:
             print0(
                 f"{args.ckpt} does not hold this run's best weights; the best of the epochs from "
-                "here on are saved instead"
+                "here on is saved instead"
             )
     if checkpoints.earlier:
         print0(f"{args.ckpt} is of an earlier run, which this one replaces when it saves")
@@ -1096,7 +1100,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoints = Checkpoints(trainer, about, checkpoint)
         log = Log(trainer, about) if compute.rank == 0 else None
         if log:
-            print_opening(trainer, about, checkpoints)
+            print_opening(checkpoints)
         del checkpoint  # as large as the trainer
         history = checkpoints.history
         started = time.perf_counter() - trainer.seconds
@@ -1114,9 +1118,8 @@ def main(argv: list[str] | None = None) -> None:
                     log.epoch(history, checkpoints.best)
                 checkpoints.save_if_due(last=trainer.epoch == args.epochs)
                 print_epoch(history, args.epochs, is_best)
-        except BrokenPipeError:  # nobody reads the output
-            alone = compute.world_size == 1  # other processes do not know of it
-            if alone and (trainer.epoch or not checkpoints.earlier):
+        except BrokenPipeError:  # nobody reads the output; other processes do not know of it
+            if compute.world_size == 1 and (trainer.epoch or not checkpoints.earlier):
                 checkpoints.save()
             raise
         except Interrupted as interrupted:

@@ -77,6 +77,7 @@ LAYOUTS = {
     "beside other folders": (parts("D/train 9", "D/test 4") | {"runs": 0, "labels": 0}, TRAIN_TEST),
     "parts of train alone": (parts("train_a 5", "train_b 5"), [16, 2, 2]),
     "names with test in them": (parts("my_test_train 9", "my_test_test 4"), TRAIN_TEST),
+    "test alone in each class": (parts("cat 10", "dog 10", classes=["test"]), [16, 2, 2]),
     "a stray image in a class": (parts("cat 9", "dog 9", classes=["train"])
         | parts("cat 4", "dog 4", classes=["test"]) | {"cat": 1}, TRAIN_TEST),
     "names in another case": (parts("train 10") | {"val/Cat": 3, "val/Dog": 3}, [16, 2, 2]),
@@ -417,6 +418,7 @@ def test_an_image_that_could_not_be_read_is_tried_again(cache, tmp_path, monkeyp
         patch.setattr(data, "decode", lambda file: decode(io.BytesIO(b"")))
         with pytest.raises(data.DataError, match="10 of 10 images cannot be read"):
             opened(folder, cache)
+    assert not data.ImageStore(folder, str(cache), skip_bad_images=True).paths  # as a run has it
     store, _ = opened(folder, cache)
     assert len(store.paths) == 10
     assert torch.equal(store.pixels[0], decode(Path(folder, store.paths[0])))

@@ -262,7 +262,7 @@ def test_confusion_picture_shows_the_row_shares(count):
     assert picture.dtype == torch.uint8
 
 
-def test_confusion_picture_of_many_classes_is_stays_below_5000_pixels():
+def test_confusion_picture_of_many_classes_stays_below_5000_pixels():
     picture = test.confusion_picture(torch.eye(2000, dtype=torch.int64), ["name"] * 2000)
     assert max(picture.shape) < 5000
 
