@@ -1204,16 +1204,26 @@ def run_command(main) -> None:
     except (RuntimeError, MemoryError) as error:
         message = f"error: {explain(error)}"
     let_process_0_speak()
+    let_gloo_finish()
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
 def leave_group() -> None:
     """Leave the other processes, where there are any."""
+    let_gloo_finish()
     if dist.is_initialized():
-        with contextlib.suppress(RuntimeError):  # another process is gone
-            dist.barrier()  # meanwhile gloo frees our tensors: older versions deadlock over that
         dist.destroy_process_group()
+
+
+def let_gloo_finish() -> None:
+    """Let gloo's threads free our tensors before the group is destroyed.
+
+    They need the GIL for that, and the destructor waits for them while it holds the GIL. Nothing
+    tells when they are done; it takes them far less than this.
+    """
+    if dist.is_initialized():
+        time.sleep(0.5)
 
 
 def explain(error: Exception) -> str:
