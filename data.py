@@ -686,18 +686,17 @@ def mean_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def to_inputs(
-    images: torch.Tensor, size: int = SIZE, uniforms: dict[str, torch.Tensor] | None = None
+    images: torch.Tensor, size: int = SIZE, changes: dict[str, torch.Tensor] | None = None
 ) -> torch.Tensor:
     """Return the network's inputs: float32 (B, 3, size, size), augmented and normalised.
 
     Args:
         images: uint8 (B, 3, H, W).
         size: pixels, height and width.
-        uniforms: for each augmentation to apply, random numbers in [0, 1), (B, k).
+        changes: what augmentation does to each image, as `find_changes` returns it.
     """
-    uniforms = uniforms or {}
-    warped = len(images) > 0 and not uniforms.keys().isdisjoint(("crop", "flip", "trivial"))
-    changes = draw_changes(uniforms) if uniforms else {}
+    changes = changes or {}
+    warped = len(images) > 0 and "matrix" in changes
     # warping reads 2 x 2 pixels: from images much larger than the result it reads noise
     side = min(int(1.5 * size), images.shape[-1]) if warped else size
     if side != images.shape[-1]:
@@ -706,11 +705,11 @@ def to_inputs(
         images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
     pixels = images.float().div_(255)
     if warped:
-        pixels = warp(pixels, size, changes)
-    if {"color", "trivial"} & uniforms.keys():
-        pixels = jitter(pixels, changes)
-    if "gray" in uniforms:
-        gray = (uniforms["gray"] < GRAY).view(-1, 1, 1, 1)
+        pixels = warp(pixels, size, changes["matrix"])
+    if "factors" in changes:
+        pixels = jitter(pixels, changes["factors"])
+    if "gray" in changes:
+        gray = changes["gray"].view(-1, 1, 1, 1)
         pixels = torch.where(gray, pixels.mean(1, keepdim=True), pixels)
     mean, std = mean_std(pixels.device)
     pixels = pixels.sub_(mean).div_(std)
@@ -723,59 +722,75 @@ def to_pixels(inputs: torch.Tensor) -> torch.Tensor:
     return (inputs * std + mean).clamp(0, 1)
 
 
-def draw_changes(uniforms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what is done to each image, (B,) each, from its random numbers.
+def find_changes(uniforms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what is done to each of B images, from their random numbers.
 
     "crop" is torchvision's RandomResizedCrop: CROP_SCALE of the area, CROP_RATIO of width to
     height, each uniform (the ratio on a log scale), at any place where it fits. A side longer than
     the image's is cut to it, where torchvision draws again. "trivial" follows TrivialAugment
     (https://arxiv.org/abs/2103.10158): half of the images, at random, get one of OPERATIONS, of
     uniform strength.
+
+    Returns:
+        What is asked for of "matrix" (B, 2, 3), for `warp`; "factors" (B, 3), for `jitter`; and
+        "gray" (B, 1), bool.
     """
+    if not uniforms:
+        return {}
     one = torch.ones_like(next(iter(uniforms.values()))[:, 0])
-    changes = {"width": one, "height": one, "mirror": one, **dict.fromkeys(OPERATIONS, 0 * one)}
+    change = {"width": one, "height": one, "mirror": one, **dict.fromkeys(OPERATIONS, 0 * one)}
     if "crop" in uniforms:
         area, ratio, x, y = uniforms["crop"].unbind(1)
         area = CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * area
         ratio = CROP_RATIO[0] * (CROP_RATIO[1] / CROP_RATIO[0]) ** ratio
-        changes["width"] = (area * ratio).sqrt().clamp(max=1)
-        changes["height"] = (area / ratio).sqrt().clamp(max=1)
-        changes["x"] = (1 - changes["width"]) * (2 * x - 1)
-        changes["y"] = (1 - changes["height"]) * (2 * y - 1)
+        change["width"] = (area * ratio).sqrt().clamp(max=1)
+        change["height"] = (area / ratio).sqrt().clamp(max=1)
+        change["x"] = (1 - change["width"]) * (2 * x - 1)
+        change["y"] = (1 - change["height"]) * (2 * y - 1)
     if "flip" in uniforms:
-        changes["mirror"] = torch.where(uniforms["flip"][:, 0] < 0.5, -one, one)
+        change["mirror"] = torch.where(uniforms["flip"][:, 0] < 0.5, -one, one)
     if "color" in uniforms:
         factors = COLOR * (2 * uniforms["color"] - 1)
-        changes |= zip(("brightness", "contrast", "saturation"), factors.unbind(1), strict=True)
+        change |= zip(("brightness", "contrast", "saturation"), factors.unbind(1), strict=True)
     if "trivial" in uniforms:
         choice, strength = uniforms["trivial"].unbind(1)
         slot = (choice * 2 * len(OPERATIONS)).long()  # half of the slots have no operation
         for index, (name, most) in enumerate(OPERATIONS.items()):
             # added to what crop and color chose
-            changes[name] = changes[name] + (slot == index) * most * (2 * strength - 1)
-    return changes
+            change[name] = change[name] + (slot == index) * most * (2 * strength - 1)
+    found = {}
+    if {"crop", "flip", "trivial"} & uniforms.keys():
+        found["matrix"] = matrices(change)
+    if {"color", "trivial"} & uniforms.keys():
+        factors = [1 + change[name] for name in ("brightness", "contrast", "saturation")]
+        found["factors"] = torch.stack(factors, 1)
+    if "gray" in uniforms:
+        found["gray"] = uniforms["gray"] < GRAY
+    return found
 
 
-def warp(pixels: torch.Tensor, size: int, changes: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Crop, scale, mirror, rotate, shear and shift each image in one pass of bilinear sampling.
+def matrices(change: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return (B, 2, 3) matrices from places in the result to places in the image, from -1 to 1.
 
-    A matrix maps places in the result to places in the image, both from -1 to 1. A width of 0.5
-    crops half of the image, a negative one mirrors it, and (x, y) is the centre of the crop.
+    A width of 0.5 crops half of the image, a negative one mirrors it, and (x, y) is the centre of
+    the crop.
     """
-    cos, sin = changes["rotation"].cos(), changes["rotation"].sin()
-    width, height = changes["width"] * changes["mirror"], changes["height"]
-    across = [width * cos, height * (changes["shear_x"] - sin), changes["x"]]
-    down = [width * (changes["shear_y"] + sin), height * cos, changes["y"]]
-    matrix = torch.stack(across + down, 1).view(-1, 2, 3)
+    cos, sin = change["rotation"].cos(), change["rotation"].sin()
+    width, height = change["width"] * change["mirror"], change["height"]
+    across = [width * cos, height * (change["shear_x"] - sin), change["x"]]
+    down = [width * (change["shear_y"] + sin), height * cos, change["y"]]
+    return torch.stack(across + down, 1).view(-1, 2, 3)
+
+
+def warp(pixels: torch.Tensor, size: int, matrix: torch.Tensor) -> torch.Tensor:
+    """Crop, scale, mirror, rotate, shear and shift each image in one pass of bilinear sampling."""
     grid = F.affine_grid(matrix, [len(pixels), 3, size, size], align_corners=False)
     return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
 
-def jitter(pixels: torch.Tensor, changes: dict[str, torch.Tensor]) -> torch.Tensor:
+def jitter(pixels: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Change brightness, contrast and saturation of each image; pixels stay in [0, 1]."""
-    brightness, contrast, saturation = (
-        (1 + changes[name]).view(-1, 1, 1, 1) for name in ("brightness", "contrast", "saturation")
-    )
+    brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
     grey = pixels.mean(1, keepdim=True)
     level = grey.mean((2, 3), keepdim=True)
     pixels = level + contrast * (grey + saturation * (pixels - grey) - level)

@@ -588,24 +588,25 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=fp16)  # else a no-op
 
     def epoch_plan(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return this epoch's rows of the store in order, and the random numbers of each.
+        """Return this epoch's rows of the store in order, and what augmentation does to each.
 
         The repeats of an image, augmented each in its own way, come in one batch
         (https://arxiv.org/abs/1901.09335).
         """
         seed, images, repeats = self.args.seed, len(self.rows), self.args.repeats
         order = torch.randperm(images, generator=generator("order", seed, self.epoch))
+        places = (order[:, None] * repeats + torch.arange(repeats)).flatten()
         uniforms = data.draw_uniforms(self.augment, images * repeats, seed, self.epoch)
-        for name, numbers in uniforms.items():
-            numbers = numbers.view(images, repeats, -1)[order].flatten(0, 1)
-            uniforms[name] = numbers.to(self.compute.device)
-        rows = self.rows[order].repeat_interleave(repeats)
-        return rows.to(self.store.pixels.device), uniforms
+        changes = {
+            name: change[places].to(self.compute.device)
+            for name, change in data.find_changes(uniforms).items()
+        }
+        return self.rows[places // repeats].to(self.store.pixels.device), changes
 
-    def inputs(self, rows: torch.Tensor, uniforms: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs(self, rows: torch.Tensor, changes: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the network's inputs for those rows in this epoch, and their labels."""
         images, labels = self.store.batch(rows, self.compute.device)
-        return to_inputs(images, train_size(self.args, self.epoch), uniforms), labels
+        return to_inputs(images, train_size(self.args, self.epoch), changes), labels
 
     def train_step(self, inputs: torch.Tensor, labels: torch.Tensor, images: int) -> None:
         """Take a step on this process's share of a batch. The CPU waits for no GPU.
@@ -730,7 +731,7 @@ def train_epoch(trainer: Trainer, stop: StopSignal) -> tuple[float, float]:
         TrainingError: the loss is not finite.
     """
     args, compute = trainer.args, trainer.compute
-    rows, uniforms = trainer.epoch_plan()
+    rows, changes = trainer.epoch_plan()
     title, before = f"epoch {trainer.epoch + 1}/{args.epochs}", trainer.step * args.batch_size
     read = printed = time.perf_counter()
     started = read - trainer.seconds  # as if the epoch had begun without a break
@@ -742,7 +743,7 @@ def train_epoch(trainer: Trainer, stop: StopSignal) -> tuple[float, float]:
         for start in range(before, len(rows), args.batch_size):
             end = min(start + args.batch_size, len(rows))
             share = slice(start + compute.rank, end, compute.world_size)
-            batch = trainer.inputs(rows[share], {name: u[share] for name, u in uniforms.items()})
+            batch = trainer.inputs(rows[share], {name: c[share] for name, c in changes.items()})
             trainer.train_step(*batch, end - start)
             trainer.seconds = time.perf_counter() - started
             bar.update(end - start)
@@ -793,8 +794,8 @@ class Log:
     def start(self) -> None:
         """Log once the network, its first images, and the arguments for HPARAMS."""
         trainer, network = self.trainer, self.trainer.network.eval()
-        rows, uniforms = trainer.epoch_plan()
-        batch, _ = trainer.inputs(rows[:64], {name: u[:64] for name, u in uniforms.items()})
+        rows, changes = trainer.epoch_plan()
+        batch, _ = trainer.inputs(rows[:64], {name: c[:64] for name, c in changes.items()})
         self.train.add_image("first_batch", make_grid(data.to_pixels(batch), nrow=8), 0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TensorBoard's tracer is deprecated

@@ -340,6 +340,11 @@ def test_a_data_set_larger_than_memory_is_mapped(tmp_path):
 # ---------------------------------------------------------------------------- augmentation
 
 
+def augmented(images: torch.Tensor, size: int, drawn: dict) -> torch.Tensor:
+    """Return the network's inputs for images with those random numbers."""
+    return data.to_inputs(images, size, data.find_changes(drawn))
+
+
 def test_without_augmentation_images_are_only_normalised(images):
     inputs = data.to_inputs(images)
     assert torch.allclose(data.to_pixels(inputs) * 255, images.float(), atol=1e-3)
@@ -350,12 +355,12 @@ def test_without_augmentation_images_are_only_normalised(images):
 @pytest.mark.parametrize("name", data.AUGMENTATIONS)
 def test_augmentation_is_per_image_and_keeps_its_range(name, images):
     drawn = uniforms(name)
-    inputs = data.to_inputs(images, 224, drawn)
+    inputs = augmented(images, 224, drawn)
     other = {name: 1 - drawn[name]}
-    assert not torch.equal(inputs, data.to_inputs(images, 224, other))
+    assert not torch.equal(inputs, augmented(images, 224, other))
     for index in range(len(images)):  # an image's result does not depend on its batch
         one = slice(index, index + 1)
-        alone = data.to_inputs(images[one], 224, {name: drawn[name][one]})
+        alone = augmented(images[one], 224, {name: drawn[name][one]})
         torch.testing.assert_close(alone[0], inputs[index], rtol=0, atol=1e-5)
     mean, std = data.mean_std(inputs.device)
     pixels = inputs * std + mean
@@ -374,25 +379,25 @@ def test_random_numbers_of_an_augmentation_do_not_depend_on_the_others():
 def test_flip_mirrors_images_below_one_half(images):
     drawn = uniforms("flip", value=0.9)
     drawn["flip"][1::2] = 0.1
-    inputs, plain = data.to_inputs(images, 224, drawn), data.to_inputs(images)
+    inputs, plain = augmented(images, 224, drawn), data.to_inputs(images)
     torch.testing.assert_close(inputs[::2], plain[::2], rtol=0, atol=1e-3)
     torch.testing.assert_close(inputs[1::2], plain[1::2].flip(-1), rtol=0, atol=1e-3)
 
 
 def test_gray_takes_the_colour_of_one_image_in_ten(images):
     drawn = {"gray": torch.linspace(0, 1, 6)[:, None]}
-    inputs = data.to_pixels(data.to_inputs(images, 224, drawn))
+    inputs = data.to_pixels(augmented(images, 224, drawn))
     gray = (inputs - inputs.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 1e-5
     assert gray.tolist() == [True, False, False, False, False, False]
 
 
 def test_crop_of_the_whole_image_is_the_image_and_a_corner_is_that_corner(images):
     middle = torch.tensor([[1 - 1e-7, 0.5, 0.5, 0.5]])  # area, ratio, x, y
-    whole = data.to_inputs(images, 224, {"crop": middle.expand(6, 4)})
+    whole = augmented(images, 224, {"crop": middle.expand(6, 4)})
     torch.testing.assert_close(whole, data.to_inputs(images), rtol=0, atol=1e-3)
     ramp = torch.arange(224, dtype=torch.uint8).expand(1, 3, 224, 224)
     corner = {"crop": torch.tensor([[0, 0.5, 0, 0.5]])}
-    cut = data.to_pixels(data.to_inputs(ramp, 224, corner)) * 255
+    cut = data.to_pixels(augmented(ramp, 224, corner)) * 255
     side = data.CROP_SCALE[0] ** 0.5 * 224
     assert cut[0, 0, 100, 0].item() == pytest.approx(0, abs=1)
     assert cut[0, 0, 100, 223].item() == pytest.approx(side - 0.5, abs=1.5)
@@ -407,22 +412,22 @@ def trivial(name: str | None, strength: float, count: int = 1) -> dict:
 
 def test_trivial_does_one_operation_to_every_other_image(images):
     plain = data.to_inputs(images)
-    unchanged = data.to_inputs(images, 224, trivial(None, 1, 6))
+    unchanged = augmented(images, 224, trivial(None, 1, 6))
     torch.testing.assert_close(unchanged, plain, rtol=0, atol=1e-3)
-    shifted = data.to_inputs(images, 224, trivial("x", 1, 6))  # by 224 / 2 * 0.25 = 28
+    shifted = augmented(images, 224, trivial("x", 1, 6))  # by 224 / 2 * 0.25 = 28
     torch.testing.assert_close(shifted[..., :-28], plain[..., 28:], rtol=0, atol=1e-3)
-    darker = data.to_pixels(data.to_inputs(images, 224, trivial("brightness", 0, 6)))
+    darker = data.to_pixels(augmented(images, 224, trivial("brightness", 0, 6)))
     torch.testing.assert_close(darker, data.to_pixels(plain) * 0.4, rtol=0, atol=1e-3)
     square = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
     square[:, :, 110:114, 180:184] = 255  # 70 pixels to the right of the centre
-    turned = data.to_pixels(data.to_inputs(square, 224, trivial("rotation", 1)))[0, 0]
+    turned = data.to_pixels(augmented(square, 224, trivial("rotation", 1)))[0, 0]
     y, x = divmod(turned.argmax().item(), 224)
     assert (x, y) == pytest.approx((111.5 + 70 * 3**0.5 / 2, 111.5 - 70 / 2), abs=2)
 
 
 def test_sizes_other_than_the_stored_one_are_resampled(images):
     for names in ((), ("crop", "flip")):
-        assert data.to_inputs(images, 96, uniforms(*names)).shape == (6, 3, 96, 96)
+        assert augmented(images, 96, uniforms(*names)).shape == (6, 3, 96, 96)
     flat = torch.full((1, 3, 224, 224), 99, dtype=torch.uint8)
     small = data.to_pixels(data.to_inputs(flat, 96)) * 255
     assert torch.allclose(small, torch.tensor(99.0), atol=1e-2)
@@ -432,5 +437,5 @@ def test_what_is_warped_to_a_smaller_size_is_smoothed_first():
     stripes = torch.tensor([0, 255], dtype=torch.uint8).repeat(112).expand(1, 3, 224, 224)
     for names in ((), ("flip",)):
         drawn = uniforms(*names, count=1, value=0.0)
-        small = data.to_pixels(data.to_inputs(stripes, 80, drawn))
+        small = data.to_pixels(augmented(stripes, 80, drawn))
         assert (small - 0.5).abs().max() < 0.1  # without it: 0.5

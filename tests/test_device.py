@@ -46,8 +46,8 @@ def trainer_on(device: str, *flags, folder, cache, mode=None) -> train.Trainer:
 
 def first_batch(trainer: train.Trainer, images: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the inputs and labels of the epoch's first step."""
-    rows, uniforms = trainer.epoch_plan()
-    return trainer.inputs(rows[:images], {name: u[:images] for name, u in uniforms.items()})
+    rows, changes = trainer.epoch_plan()
+    return trainer.inputs(rows[:images], {name: c[:images] for name, c in changes.items()})
 
 
 # --------------------------------------------------------------------- anywhere: without values
@@ -112,9 +112,9 @@ def test_everything_is_on_the_device(pretend, recipe, resident):
     trainer = pretend(*recipe, resident=resident)
     store, home = trainer.store, GPU if resident else CPU
     assert {store.pixels.device, store.labels.device} == {home}
-    rows, uniforms = trainer.epoch_plan()
+    rows, changes = trainer.epoch_plan()
     assert rows.device == home
-    assert {u.device for u in uniforms.values()} <= {GPU}
+    assert {change.device for change in changes.values()} <= {GPU}
     inputs, labels = first_batch(trainer)
     assert (inputs.device, inputs.dtype, labels.device) == (GPU, torch.float32, GPU)
     trainer.ddp.train()
@@ -145,10 +145,10 @@ def test_precision_is_what_the_gpu_is_built_for(pretend, capability, dtype):
     assert {p.dtype for p in trainer.network.parameters()} == {torch.float32}
 
 
-def leave_uniforms(trainer, monkeypatch):
-    draw = data.draw_uniforms
-    monkeypatch.setattr(trainer, "epoch_plan", lambda: (trainer.rows.to(GPU), draw(
-        trainer.augment, len(trainer.rows), 0, 0)))  # fmt: skip
+def leave_changes(trainer, monkeypatch):
+    rows, changes = trainer.epoch_plan()
+    changes = {name: change.to(CPU) for name, change in changes.items()}
+    monkeypatch.setattr(trainer, "epoch_plan", lambda: (rows, changes))
 
 
 def leave_rows(trainer, monkeypatch):
@@ -178,7 +178,7 @@ def leave_network(trainer, monkeypatch):
 
 @pytest.mark.parametrize(
     "leave",
-    [leave_uniforms, leave_rows, leave_mean, leave_labels, leave_sums, leave_prior, leave_network],
+    [leave_changes, leave_rows, leave_mean, leave_labels, leave_sums, leave_prior, leave_network],
 )
 def test_a_tensor_left_on_the_cpu_would_be_found(pretend, monkeypatch, leave):
     trainer = pretend(*STRONG)
@@ -359,10 +359,10 @@ def test_a_step_makes_the_cpu_wait_for_no_gpu(
     if not resident:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     trainer = trainer_on("cuda", *recipe, "--precision", precision, folder=photos, cache=cache)
-    rows, uniforms = trainer.epoch_plan()
+    rows, changes = trainer.epoch_plan()
 
     def step():
-        batch = trainer.inputs(rows[:8], {name: u[:8] for name, u in uniforms.items()})
+        batch = trainer.inputs(rows[:8], {name: c[:8] for name, c in changes.items()})
         trainer.train_step(*batch, 8)
 
     trainer.ddp.train()

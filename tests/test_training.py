@@ -74,8 +74,8 @@ def make(flags, monkeypatch):
 
 def batch(trainer: train.Trainer, images: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the inputs and labels of the first images of the epoch."""
-    rows, uniforms = trainer.epoch_plan()
-    return trainer.inputs(rows[:images], {name: u[:images] for name, u in uniforms.items()})
+    rows, changes = trainer.epoch_plan()
+    return trainer.inputs(rows[:images], {name: c[:images] for name, c in changes.items()})
 
 
 # -------------------------------------------------------------------------- cases worked by hand
@@ -171,13 +171,14 @@ def test_moments_get_the_layout_of_the_parameters_wherever_they_were_saved(make)
 
 def test_an_epoch_visits_each_image_as_often_as_repeats_says_in_an_order_of_its_own(make):
     trainer = make("--repeats", 2, "--augment", "flip,crop")
-    rows, uniforms = trainer.epoch_plan()
+    rows, changes = trainer.epoch_plan()
     assert torch.equal(rows[::2], rows[1::2])  # in one batch
     assert sorted(rows[::2].tolist()) == sorted(trainer.rows.tolist())
-    assert not torch.equal(uniforms["crop"][::2], uniforms["crop"][1::2])
-    table = data.draw_uniforms(["crop"], 128, 0, 0)["crop"].view(64, 2, -1)
+    assert not torch.equal(changes["matrix"][::2], changes["matrix"][1::2])
+    uniforms = data.draw_uniforms(["flip", "crop"], 128, 0, 0)
+    table = data.find_changes(uniforms)["matrix"].view(64, 2, -1)
     by_row = dict(zip(trainer.rows.tolist(), table, strict=True))  # not by its place in the epoch
-    found = uniforms["crop"].view(64, 2, -1)
+    found = changes["matrix"].view(64, 2, -1)
     assert all(
         torch.equal(by_row[row], u) for row, u in zip(rows[::2].tolist(), found, strict=True)
     )
