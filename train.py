@@ -15,6 +15,7 @@ import contextlib
 import copy
 import csv
 import difflib
+import gc
 import itertools
 import json
 import math
@@ -47,6 +48,8 @@ from tqdm import tqdm
 import data
 from data import DataError, ImageStore, generator, memory_format, seed_of, split, to_inputs
 from model import AlexNet, CheckpointError, init_he, load, save, transfer, whiten
+
+warnings.filterwarnings("ignore", "Attempting to run cuBLAS|The AccumulateGrad node")  # of graphs
 
 # --------------------------------------------------------------------------- recipes and flags
 
@@ -298,7 +301,8 @@ class Compute:
         """Return a context in which convolutions and matrix products compute in `dtype`."""
         if self.dtype is torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        # a cache of cast weights gains nothing where each is used once, and CUDA graphs forbid it
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of `tensor` over all processes."""
@@ -577,6 +581,7 @@ class Trainer:
         self.ddp = self.network
         if compute.world_size > 1:
             self.ddp = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
+        self.graph, self.graph_shape = None, None
         self.averaged = copy.deepcopy(self.network).eval() if args.ema else None
         self.evaluated = self.averaged or self.network
         self.optimizer = torch.optim.AdamW(  # without weight decay it is Adam
@@ -608,6 +613,23 @@ class Trainer:
         images, labels = self.store.batch(rows, self.compute.device)
         return to_inputs(images, train_size(self.args, self.epoch), changes), labels
 
+    def graphed(self, inputs: torch.Tensor) -> torch.nn.Module:
+        """Return the network to train with: on a GPU, recorded as two CUDA graphs.
+
+        All kernels of the forward pass start at once, and all of the backward pass. A fast GPU
+        would wait for Python to start them one by one. A graph is for one shape of inputs.
+        """
+        whole = len(inputs) >= self.args.batch_size  # the last batch of an epoch may be smaller
+        if self.compute.device.type != "cuda" or self.compute.world_size > 1 or not whole:
+            return self.ddp
+        if self.graph_shape != inputs.shape:
+            self.graph, self.graph_shape = None, inputs.shape
+            gc.collect()  # frees the memory of the last one, which holds a reference to itself
+            network = copy.copy(self.network)  # with the same parameters: recording changes it
+            with self.compute.autocast():
+                self.graph = torch.cuda.make_graphed_callables(network, (inputs,))
+        return self.graph
+
     def train_step(self, inputs: torch.Tensor, labels: torch.Tensor, images: int) -> None:
         """Take a step on this process's share of a batch. The CPU waits for no GPU.
 
@@ -621,9 +643,10 @@ class Trainer:
         own = 1.0  # the share of each image that is its own
         if rng.random() < args.cutmix:
             inputs, own = data.cutmix(inputs, rng)
+        network = self.graphed(inputs)
         torch.manual_seed(seed_of("dropout", args.seed, self.epoch, self.step, rank))
         with self.compute.autocast():
-            logits = self.ddp(inputs)
+            logits = network(inputs)
             loss = self.criterion(logits + self.adjustment, labels)
             if own < 1:
                 others = self.criterion(logits + self.adjustment, labels.flip(0))

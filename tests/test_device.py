@@ -87,6 +87,7 @@ def pretend(monkeypatch, photos, cache):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.Tensor, "cov", lambda tensor: tensor @ tensor.T)  # it reads values
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, raising=False)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda network, _: network)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
@@ -268,6 +269,7 @@ def test_a_run_learns(runs):
     dtype = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
     assert f"{dtype} on {torch.cuda.get_device_name()}" in runs["plain"].stdout
     assert history[-1]["train_loss"] < history[0]["train_loss"]
+    assert "Warning" not in runs["plain"].stderr
 
 
 @cuda
@@ -332,6 +334,23 @@ def test_fp16_grows_its_scale_and_skips_a_step_that_overflows(photos, cache, mon
     trainer.train_step(*batch, 8)
     assert not same(before, trainer.network.state_dict())
     assert trainer.sums.isfinite().all()
+
+
+@cuda
+def test_a_graph_computes_what_the_network_does(photos, cache, monkeypatch):
+    argv = [*STRONG, *["--precision", "fp32", "--stride", "4", "--train-size", "64-80"]]
+    recorded, plain = (trainer_on("cuda", *argv, folder=photos, cache=cache) for _ in range(2))
+    monkeypatch.setattr(plain, "graphed", lambda inputs: plain.ddp)
+    for epoch in (0, 0, 29):  # the last one has larger images
+        for trainer in (recorded, plain):
+            trainer.ddp.train()
+            trainer.epoch, trainer.step = epoch, 0
+            trainer.train_step(*first_batch(trainer), 8)
+        assert recorded.graph is not None
+        for one, other in zip(
+            recorded.network.parameters(), plain.network.parameters(), strict=True
+        ):
+            assert (one.grad - other.grad).norm() <= 0.02 * other.grad.norm()
 
 
 @cuda
