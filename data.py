@@ -420,7 +420,7 @@ def build_cache(root: Path, paths: list[str], target: Path) -> list[int | str]:
     with (
         complete_file(target.with_suffix(".uint8")) as out,
         progress,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # more wait for Python's lock
     ):
         for start in range(0, len(paths), 256):  # bounds what waits in memory
             chunk = [root / path for path in paths[start : start + 256]]

@@ -582,6 +582,9 @@ class Trainer:
         if compute.world_size > 1:
             self.ddp = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
         self.graph, self.graph_shape = None, None
+        # torch.manual_seed seeds every kind of device, which makes a GPU wait
+        module = getattr(torch, compute.device.type)
+        self.manual_seed = getattr(module, "manual_seed", torch.manual_seed)
         self.averaged = copy.deepcopy(self.network).eval() if args.ema else None
         self.evaluated = self.averaged or self.network
         self.optimizer = torch.optim.AdamW(  # without weight decay it is Adam
@@ -644,7 +647,7 @@ class Trainer:
         if rng.random() < args.cutmix:
             inputs, own = data.cutmix(inputs, rng)
         network = self.graphed(inputs)
-        torch.manual_seed(seed_of("dropout", args.seed, self.epoch, self.step, rank))
+        self.manual_seed(seed_of("dropout", args.seed, self.epoch, self.step, rank))
         with self.compute.autocast():
             logits = network(inputs)
             loss = self.criterion(logits + self.adjustment, labels)
