@@ -307,7 +307,7 @@ SOUND = {
     "gray16.tif": (levels(">u2"), DARK, {}),
     "gray32.tif": (levels("i4"), DARK, {}),
 }  # fmt: skip
-if int(Image.__version__.split(".")[0]) < 11:  # it writes this kind truncated
+if int(Image.__version__.split(".")[0]) < 13:  # they write this kind truncated
     del SOUND["ycbcr.tif"]
 DAMAGED = [b"Exif\0\0", b"Exif\0\0Exif\0\0II*\0", exif(b"\xff" * 12), exif()[:20], b"no EXIF"]
 for number, damaged in enumerate(DAMAGED):  # data of which Pillow warns without the file's name
