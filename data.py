@@ -420,7 +420,7 @@ def build_cache(root: Path, paths: list[str], target: Path) -> list[int | str]:
     with (
         complete_file(target.with_suffix(".uint8")) as out,
         progress,
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # more wait for Python's lock
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # beyond, they wait for the GIL
     ):
         for start in range(0, len(paths), 256):  # bounds what waits in memory
             chunk = [root / path for path in paths[start : start + 256]]
@@ -581,7 +581,7 @@ class ImageStore:
             )
         return torch.tensor([self._row[path] for path in paths], dtype=torch.int64)
 
-    def changes(self, checksums: dict[str, int]) -> str:
+    def differences(self, checksums: dict[str, int]) -> str:
         """Say in words how the images differ from those of earlier checksums."""
         both = self.checksums.keys() & checksums.keys()
         kinds = {
@@ -645,7 +645,7 @@ def split(store: ImageStore, seed: int) -> dict[str, list[str]]:
 
 # Random numbers are a function of the seed and of where a run stands, so a run that is resumed
 # anywhere sees the same ones, and no random state is saved. Each augmentation has a stream of its
-# own: adding one, here and in `to_inputs`, does not change the others.
+# own: adding one, here and in `find_changes`, does not change the others.
 # augmentation -> random numbers for each image
 AUGMENTATIONS = {"crop": 4, "flip": 1, "color": 3, "gray": 1, "trivial": 2}
 CROP_SCALE, CROP_RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
@@ -732,53 +732,53 @@ def find_changes(uniforms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     uniform strength.
 
     Returns:
-        What is asked for of "matrix" (B, 2, 3), for `warp`; "factors" (B, 3), for `jitter`; and
-        "gray" (B, 1), bool.
+        Those that the augmentations need of "matrix" (B, 2, 3), for `warp`; "factors" (B, 3), for
+        `jitter`; and "gray" (B, 1), bool.
     """
     if not uniforms:
         return {}
     one = torch.ones_like(next(iter(uniforms.values()))[:, 0])
-    change = {"width": one, "height": one, "mirror": one, **dict.fromkeys(OPERATIONS, 0 * one)}
+    values = {"width": one, "height": one, "mirror": one, **dict.fromkeys(OPERATIONS, 0 * one)}
     if "crop" in uniforms:
         area, ratio, x, y = uniforms["crop"].unbind(1)
         area = CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * area
         ratio = CROP_RATIO[0] * (CROP_RATIO[1] / CROP_RATIO[0]) ** ratio
-        change["width"] = (area * ratio).sqrt().clamp(max=1)
-        change["height"] = (area / ratio).sqrt().clamp(max=1)
-        change["x"] = (1 - change["width"]) * (2 * x - 1)
-        change["y"] = (1 - change["height"]) * (2 * y - 1)
+        values["width"] = (area * ratio).sqrt().clamp(max=1)
+        values["height"] = (area / ratio).sqrt().clamp(max=1)
+        values["x"] = (1 - values["width"]) * (2 * x - 1)
+        values["y"] = (1 - values["height"]) * (2 * y - 1)
     if "flip" in uniforms:
-        change["mirror"] = torch.where(uniforms["flip"][:, 0] < 0.5, -one, one)
+        values["mirror"] = torch.where(uniforms["flip"][:, 0] < 0.5, -one, one)
     if "color" in uniforms:
         factors = COLOR * (2 * uniforms["color"] - 1)
-        change |= zip(("brightness", "contrast", "saturation"), factors.unbind(1), strict=True)
+        values |= zip(("brightness", "contrast", "saturation"), factors.unbind(1), strict=True)
     if "trivial" in uniforms:
         choice, strength = uniforms["trivial"].unbind(1)
         slot = (choice * 2 * len(OPERATIONS)).long()  # half of the slots have no operation
         for index, (name, most) in enumerate(OPERATIONS.items()):
             # added to what crop and color chose
-            change[name] = change[name] + (slot == index) * most * (2 * strength - 1)
+            values[name] = values[name] + (slot == index) * most * (2 * strength - 1)
     found = {}
     if {"crop", "flip", "trivial"} & uniforms.keys():
-        found["matrix"] = matrices(change)
+        found["matrix"] = matrices(values)
     if {"color", "trivial"} & uniforms.keys():
-        factors = [1 + change[name] for name in ("brightness", "contrast", "saturation")]
+        factors = [1 + values[name] for name in ("brightness", "contrast", "saturation")]
         found["factors"] = torch.stack(factors, 1)
     if "gray" in uniforms:
         found["gray"] = uniforms["gray"] < GRAY
     return found
 
 
-def matrices(change: dict[str, torch.Tensor]) -> torch.Tensor:
+def matrices(values: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return (B, 2, 3) matrices from places in the result to places in the image, from -1 to 1.
 
     A width of 0.5 crops half of the image, a negative one mirrors it, and (x, y) is the centre of
     the crop.
     """
-    cos, sin = change["rotation"].cos(), change["rotation"].sin()
-    width, height = change["width"] * change["mirror"], change["height"]
-    across = [width * cos, height * (change["shear_x"] - sin), change["x"]]
-    down = [width * (change["shear_y"] + sin), height * cos, change["y"]]
+    cos, sin = values["rotation"].cos(), values["rotation"].sin()
+    width, height = values["width"] * values["mirror"], values["height"]
+    across = [width * cos, height * (values["shear_x"] - sin), values["x"]]
+    down = [width * (values["shear_y"] + sin), height * cos, values["y"]]
     return torch.stack(across + down, 1).view(-1, 2, 3)
 
 

@@ -335,7 +335,7 @@ def warn(args: argparse.Namespace, checkpoint: dict, store: ImageStore, manifest
     if "split" not in checkpoint:
         note(f"{args.ckpt}: has no split; it is drawn from --seed {args.seed}, unverified")
     if checkpoint.get("fingerprint", store.fingerprint) != store.fingerprint:
-        changes = store.changes(checkpoint.get("checksums", store.checksums)) or "some"
+        changes = store.differences(checkpoint.get("checksums", store.checksums)) or "some"
         note(f"{store.root}: images have changed since training: {changes}")
     if args.split != "train":
         seen = train.seen_images({"checksums": store.checksums, "split": manifest} | checkpoint)

@@ -49,7 +49,8 @@ import data
 from data import DataError, ImageStore, generator, memory_format, seed_of, split, to_inputs
 from model import AlexNet, CheckpointError, init_he, load, save, transfer, whiten
 
-warnings.filterwarnings("ignore", "Attempting to run cuBLAS|The AccumulateGrad node")  # of graphs
+# both come with CUDA graphs: the results are right, but gradients wait on a second stream
+warnings.filterwarnings("ignore", "Attempting to run cuBLAS|The AccumulateGrad node")
 
 # --------------------------------------------------------------------------- recipes and flags
 
@@ -581,10 +582,9 @@ class Trainer:
         self.ddp = self.network
         if compute.world_size > 1:
             self.ddp = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
-        self.graph, self.graph_shape = None, None
-        # torch.manual_seed seeds every kind of device, which makes a GPU wait
-        module = getattr(torch, compute.device.type)
-        self.manual_seed = getattr(module, "manual_seed", torch.manual_seed)
+        self.graphs = {}  # shape of inputs -> the network, recorded for it
+        cuda = compute.device.type == "cuda"  # torch.manual_seed seeds all kinds of devices, slowly
+        self.manual_seed = torch.cuda.manual_seed if cuda else torch.manual_seed
         self.averaged = copy.deepcopy(self.network).eval() if args.ema else None
         self.evaluated = self.averaged or self.network
         self.optimizer = torch.optim.AdamW(  # without weight decay it is Adam
@@ -619,22 +619,25 @@ class Trainer:
     def graphed(self, inputs: torch.Tensor) -> torch.nn.Module:
         """Return the network to train with: on a GPU, recorded as two CUDA graphs.
 
-        All kernels of the forward pass start at once, and all of the backward pass. A fast GPU
-        would wait for Python to start them one by one. A graph is for one shape of inputs.
+        Python starts a graph, the forward or the backward pass, in one call. A fast GPU would wait
+        for it kernel by kernel. A graph is for one shape of inputs and keeps its memory, so a
+        smaller last batch goes without; so do several processes.
         """
-        whole = len(inputs) >= self.args.batch_size  # the last batch of an epoch may be smaller
-        if self.compute.device.type != "cuda" or self.compute.world_size > 1 or not whole:
+        whole = len(inputs) >= self.args.batch_size
+        nvidia = self.compute.device.type == "cuda" and not torch.version.hip
+        if not nvidia or self.compute.world_size > 1 or not whole:  # AMD's fail while recording
             return self.ddp
-        if self.graph_shape != inputs.shape:
-            self.graph, self.graph_shape = None, inputs.shape
-            gc.collect()  # frees the memory of the last one, which holds a reference to itself
-            network = copy.copy(self.network)  # with the same parameters: recording changes it
+        if inputs.shape not in self.graphs:
+            self.graphs.clear()
+            gc.collect()  # a graph is in a reference cycle, so its memory is not free before
+            network = copy.copy(self.network)  # shares the parameters; recording changes `forward`
             with self.compute.autocast():
-                self.graph = torch.cuda.make_graphed_callables(network, (inputs,))
-        return self.graph
+                graph = torch.cuda.make_graphed_callables(network, (inputs,))
+            self.graphs[inputs.shape] = graph
+        return self.graphs[inputs.shape]
 
     def train_step(self, inputs: torch.Tensor, labels: torch.Tensor, images: int) -> None:
-        """Take a step on this process's share of a batch. The CPU waits for no GPU.
+        """Take a step on this process's share of a batch. The CPU waits for a GPU only to record.
 
         Args:
             images: their number in the shares of all processes together.
@@ -646,6 +649,7 @@ class Trainer:
         own = 1.0  # the share of each image that is its own
         if rng.random() < args.cutmix:
             inputs, own = data.cutmix(inputs, rng)
+        self.optimizer.zero_grad()
         network = self.graphed(inputs)
         self.manual_seed(seed_of("dropout", args.seed, self.epoch, self.step, rank))
         with self.compute.autocast():
@@ -656,7 +660,6 @@ class Trainer:
                 loss = own * loss + (1 - own) * others
             # as in validation
             plain_loss = F.cross_entropy(logits.detach(), labels, reduction="sum")
-        self.optimizer.zero_grad()
         # DDP averages over processes, so the gradient is that of the mean over the whole batch
         self.scaler.scale(loss * (self.compute.world_size / images)).backward()
         self.scaler.step(self.optimizer)
@@ -1026,7 +1029,7 @@ def open_data(args, checkpoint: dict | None, compute: Compute) -> tuple[ImageSto
     with compute.first_on_machine():
         store = ImageStore(args.data, args.cache, args.skip_bad_images)
     if checkpoint and checkpoint["fingerprint"] != store.fingerprint:
-        changes = store.changes(checkpoint.get("checksums", store.checksums)) or "some"
+        changes = store.differences(checkpoint.get("checksums", store.checksums)) or "some"
         raise DataError(
             f"{store.root}: its images have changed since the run began: {changes}; restore them, "
             "or start another run, perhaps with --init"

@@ -1,6 +1,6 @@
 """Take each ingredient of the strong recipe out, and print what validation says.
 
-    python tests/ablation.py --data DIR --out FOLDER            # a GPU: half an hour; a CPU: a day
+    python tests/ablation.py --data DIR --out FOLDER            # one run after the other
     python tests/ablation.py --data DIR --out FOLDER --jobs 4   # four runs at once
 
 A run takes 30 epochs at 64 to 80 pixels, in a folder of its own. The script can be interrupted at
@@ -68,7 +68,7 @@ def main() -> None:
     """Run what is missing; print the table."""
     options = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__, **options)
-    parser.add_argument("--data", type=Path, required=True, help="as for train.py")
+    parser.add_argument("--data", type=Path, required=True, help="folder of class folders")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11], help="of each setting")
     parser.add_argument("--epochs", type=int, default=30, help="of each run")

@@ -57,7 +57,7 @@ class Turns:
         self.left -= 1
         if not self.left:
             if self.steps:
-                seconds, memory = self.now() - self.started, torch.cuda.max_memory_allocated()
+                seconds, memory = self.now() - self.started, torch.cuda.max_memory_reserved()
                 print(seconds, self.parts["waiting"], memory / 1e9, flush=True)
             self.steps = int(sys.stdin.readline() or sys.exit())
             self.left = self.extra + self.steps

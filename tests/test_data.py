@@ -115,9 +115,9 @@ def test_changes_count_new_missing_and_changed_images_with_a_name(photos, cache)
     a, b, c, *_ = store.paths
     earlier = {path: sum for path, sum in store.checksums.items() if path != a}
     earlier |= {b: 1, c: 2, "gone.jpg": 3}
-    assert store.changes(store.checksums) == ""
+    assert store.differences(store.checksums) == ""
     words = f"1 new (such as {a!r}), 1 missing (such as 'gone.jpg'), 2 changed (such as {b!r})"
-    assert store.changes(earlier) == words
+    assert store.differences(earlier) == words
 
 
 def test_sample_is_the_same_everywhere_and_ordinary_class_folders(tmp_path):
