@@ -625,7 +625,7 @@ class Trainer:
         """
         whole = len(inputs) >= self.args.batch_size
         nvidia = self.compute.device.type == "cuda" and not torch.version.hip
-        if not nvidia or self.compute.world_size > 1 or not whole:  # AMD's fail while recording
+        if not nvidia or self.compute.world_size > 1 or not whole:  # AMD's may fail to record
             return self.ddp
         if inputs.shape not in self.graphs:
             self.graphs.clear()

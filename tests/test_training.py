@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import ablation
 import pytest
 import torch
 import torch.nn.functional as F
@@ -416,6 +417,17 @@ def test_the_reports_experiment_is_the_default():
     expected = dict(epochs=30, lr=1e-4, schedule="constant", augment="none", ema=0, stride=2)
     expected |= dict(train_size="224", test_size=224, dropout=0.5, weight_decay=0, init="default")
     assert {name: args[name] for name in expected} == expected
+
+
+def test_the_ablation_takes_out_each_ingredient_of_the_strong_recipe():
+    strong = train.RECIPES["strong"]
+    taken_out = set()
+    for flags in ablation.TAKEN_OUT.values():
+        args = vars(train.parse(["--recipe", "strong", *flags.split()])[0])
+        changed = {name for name, value in strong.items() if args[name] != value}
+        assert len(changed) == bool(flags)
+        taken_out |= changed
+    assert taken_out == {n for n, value in strong.items() if value != train.RECIPES["report"][n]}
 
 
 def test_few_epochs_of_the_strong_recipe_learn(cache, tmp_path):
