@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -517,6 +518,10 @@ def test_size(args: argparse.Namespace) -> int:
 
 # ---------------------------------------------------------------------------------- training
 
+# kind of device -> batches that are augmented at once; for small images, a GPU would wait for
+# Python to start each operation, while a CPU is faster on what fits into its caches
+TOGETHER = {"cuda": 4}
+
 
 def initial_network(args, store: ImageStore, rows: torch.Tensor, source: dict) -> AlexNet:
     """Return the network with the initial weights that `--init` names, on the CPU.
@@ -550,6 +555,31 @@ def seen_images(source: dict) -> set[int]:
     return train.union(source.get("seen", [])) - {None}
 
 
+class TrainingLoss(torch.nn.Module):
+    """The network and its loss in one module, so that DDP and CUDA graphs take them as one."""
+
+    def __init__(self, network: torch.nn.Module, adjustment: torch.Tensor, smoothing: float):
+        super().__init__()
+        self.network, self.adjustment = network, adjustment
+        self.criterion = torch.nn.CrossEntropyLoss(reduction="sum", label_smoothing=smoothing)
+
+    def forward(self, inputs, labels, own) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of a batch, float32 (), and what is shown of it, as in `Trainer.sums`.
+
+        Args:
+            own: float32 (), the share of each image that CutMix has left its own; the rest is from
+                the image at the same place from the end of the batch.
+        """
+        logits = self.network(inputs)
+        adjusted = logits + self.adjustment
+        others = self.criterion(adjusted, labels.flip(0))
+        loss = own * self.criterion(adjusted, labels) + (1 - own) * others
+        with torch.no_grad():
+            plain_loss = F.cross_entropy(logits, labels, reduction="sum")  # as in validation
+            hits = (logits.argmax(1) == labels).sum()
+            return loss, torch.stack([plain_loss, hits, torch.full_like(hits, len(labels))])
+
+
 class Trainer:
     """What is trained, how far it has come, and the training step.
 
@@ -574,15 +604,13 @@ class Trainer:
         # added to the logits in training, so that those of rare classes must be larger
         # (https://arxiv.org/abs/2007.07314)
         adjustment = args.logit_adjustment * (counts.clamp(min=1) / len(rows)).log()
-        self.adjustment = adjustment.to(compute.device)
-        self.criterion = torch.nn.CrossEntropyLoss(
-            reduction="sum", label_smoothing=args.label_smoothing
-        )
+        adjustment = adjustment.to(compute.device)
         self.network = network.to(compute.device, memory_format=memory_format(compute.device))
-        self.ddp = self.network
+        self.loss = TrainingLoss(self.network, adjustment, args.label_smoothing)
+        self.ddp = self.loss
         if compute.world_size > 1:
-            self.ddp = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
-        self.graphs = {}  # shape of inputs -> the network, recorded for it
+            self.ddp = DistributedDataParallel(self.loss, gradient_as_bucket_view=True)
+        self.graphs = {}  # shape of inputs -> the loss, recorded for it
         cuda = compute.device.type == "cuda"  # torch.manual_seed seeds all kinds of devices, slowly
         self.manual_seed = torch.cuda.manual_seed if cuda else torch.manual_seed
         self.averaged = copy.deepcopy(self.network).eval() if args.ema else None
@@ -616,25 +644,41 @@ class Trainer:
         images, labels = self.store.batch(rows, self.compute.device)
         return to_inputs(images, train_size(self.args, self.epoch), changes), labels
 
-    def graphed(self, inputs: torch.Tensor) -> torch.nn.Module:
-        """Return the network to train with: on a GPU, recorded as two CUDA graphs.
+    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Yield what `train_step` takes, from the current step to the end of the epoch.
+
+        A GPU augments TOGETHER batches at once, the same ones wherever the epoch is resumed.
+        """
+        rows, changes = self.epoch_plan()
+        together, begin = TOGETHER.get(self.compute.device.type, 1), self.step
+        batch, rank, world_size = self.args.batch_size, self.compute.rank, self.compute.world_size
+        for first in range(begin - begin % together, self.steps, together):
+            share = slice(first * batch + rank, (first + together) * batch, world_size)
+            inputs, labels = self.inputs(rows[share], {n: c[share] for n, c in changes.items()})
+            each = batch // world_size
+            for step in range(max(first, begin), min(first + together, self.steps)):
+                place = slice((step - first) * each, (step - first + 1) * each)
+                yield inputs[place], labels[place], min(batch, len(rows) - step * batch)
+
+    def graphed(self, batch: tuple[torch.Tensor, ...]) -> torch.nn.Module:
+        """Return the loss to train with: on a GPU, recorded as two CUDA graphs.
 
         Python starts a graph, the forward or the backward pass, in one call. A fast GPU would wait
         for it kernel by kernel. A graph is for one shape of inputs and keeps its memory, so a
         smaller last batch goes without; so do several processes.
         """
-        whole = len(inputs) >= self.args.batch_size
+        shape = batch[0].shape
         nvidia = self.compute.device.type == "cuda" and not torch.version.hip
-        if not nvidia or self.compute.world_size > 1 or not whole:  # AMD's may fail to record
-            return self.ddp
-        if inputs.shape not in self.graphs:
+        if not nvidia or self.compute.world_size > 1 or shape[0] < self.args.batch_size:
+            return self.ddp  # AMD's may fail to record
+        if shape not in self.graphs:
             self.graphs.clear()
             gc.collect()  # a graph is in a reference cycle, so its memory is not free before
-            network = copy.copy(self.network)  # shares the parameters; recording changes `forward`
-            with self.compute.autocast():
-                graph = torch.cuda.make_graphed_callables(network, (inputs,))
-            self.graphs[inputs.shape] = graph
-        return self.graphs[inputs.shape]
+            loss = copy.copy(self.loss)  # shares the parameters; recording changes `forward`
+            with self.compute.autocast():  # the graph keeps the tensors that it is recorded with
+                kept = tuple(tensor.clone() for tensor in batch)
+                self.graphs[shape] = torch.cuda.make_graphed_callables(loss, kept)
+        return self.graphs[shape]
 
     def train_step(self, inputs: torch.Tensor, labels: torch.Tensor, images: int) -> None:
         """Take a step on this process's share of a batch. The CPU waits for a GPU only to record.
@@ -642,26 +686,20 @@ class Trainer:
         Args:
             images: their number in the shares of all processes together.
         """
-        args, rank = self.args, self.compute.rank
+        args, compute = self.args, self.compute
         progress = self.epoch + (self.step + 0.5) / self.steps
         self.optimizer.param_groups[0]["lr"] = learning_rate(args, progress)
-        rng = random.Random(seed_of("cutmix", args.seed, self.epoch, self.step))
-        own = 1.0  # the share of each image that is its own
+        rng, own = random.Random(seed_of("cutmix", args.seed, self.epoch, self.step)), 1.0
         if rng.random() < args.cutmix:
             inputs, own = data.cutmix(inputs, rng)
+        batch = inputs, labels, torch.full((), own, device=compute.device)
         self.optimizer.zero_grad()
-        network = self.graphed(inputs)
-        self.manual_seed(seed_of("dropout", args.seed, self.epoch, self.step, rank))
-        with self.compute.autocast():
-            logits = network(inputs)
-            loss = self.criterion(logits + self.adjustment, labels)
-            if own < 1:
-                others = self.criterion(logits + self.adjustment, labels.flip(0))
-                loss = own * loss + (1 - own) * others
-            # as in validation
-            plain_loss = F.cross_entropy(logits.detach(), labels, reduction="sum")
+        graphed = self.graphed(batch)
+        self.manual_seed(seed_of("dropout", args.seed, self.epoch, self.step, compute.rank))
+        with compute.autocast():
+            loss, sums = graphed(*batch)
         # DDP averages over processes, so the gradient is that of the mean over the whole batch
-        self.scaler.scale(loss * (self.compute.world_size / images)).backward()
+        self.scaler.scale(loss * (compute.world_size / images)).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.averaged:
@@ -670,8 +708,7 @@ class Trainer:
             get_ema_multi_avg_fn(decay)(
                 list(self.averaged.parameters()), list(self.network.parameters()), None
             )
-        hits = (logits.detach().argmax(1) == labels).sum()
-        self.sums += torch.stack([plain_loss, hits, torch.full_like(hits, len(labels))])
+        self.sums += sums.detach()  # a graph says that they need a gradient
         self.step += 1
 
     def end_epoch(self, train: tuple, valid: tuple, seconds: float) -> dict:
@@ -760,29 +797,27 @@ def train_epoch(trainer: Trainer, stop: StopSignal) -> tuple[float, float]:
         TrainingError: the loss is not finite.
     """
     args, compute = trainer.args, trainer.compute
-    rows, changes = trainer.epoch_plan()
-    title, before = f"epoch {trainer.epoch + 1}/{args.epochs}", trainer.step * args.batch_size
+    title, total = f"epoch {trainer.epoch + 1}/{args.epochs}", len(trainer.rows) * args.repeats
+    before = done = trainer.step * args.batch_size
     read = printed = time.perf_counter()
     started = read - trainer.seconds  # as if the epoch had begun without a break
     trainer.ddp.train()
     quiet = True if compute.rank else None  # None: quiet where the output is no terminal
     with tqdm(
-        desc=title, total=len(rows), initial=before, unit=" images", leave=False, disable=quiet
+        desc=title, total=total, initial=before, unit=" images", leave=False, disable=quiet
     ) as bar:
-        for start in range(before, len(rows), args.batch_size):
-            end = min(start + args.batch_size, len(rows))
-            share = slice(start + compute.rank, end, compute.world_size)
-            batch = trainer.inputs(rows[share], {name: c[share] for name, c in changes.items()})
-            trainer.train_step(*batch, end - start)
+        for inputs, labels, images in trainer.batches():
+            trainer.train_step(inputs, labels, images)
+            done += images
             trainer.seconds = time.perf_counter() - started
-            bar.update(end - start)
+            bar.update(images)
             # reading the sums makes the CPU wait for a GPU
             if compute.device.type == "cpu" or time.perf_counter() - read > 1:
                 loss, accuracy = trainer.means(trainer.sums)
                 read, status = time.perf_counter(), f"loss {loss:.4f}, accuracy {accuracy:.2f} %"
                 bar.set_postfix_str(status, refresh=False)
                 if bar.disable and read - printed > 60:  # a file, or a scheduler's log
-                    print0(f"{title}: {end} of {len(rows)} images, {status}")
+                    print0(f"{title}: {done} of {total} images, {status}")
                     printed = read
             stop.check()
     means = trainer.means(compute.sum(trainer.sums))

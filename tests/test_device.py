@@ -87,7 +87,7 @@ def pretend(monkeypatch, photos, cache):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.Tensor, "cov", lambda tensor: tensor @ tensor.T)  # it reads values
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, raising=False)
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda network, _: network)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda loss, _: loss)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
@@ -116,15 +116,16 @@ def test_everything_is_on_the_device(pretend, recipe, resident):
     rows, changes = trainer.epoch_plan()
     assert rows.device == home
     assert {change.device for change in changes.values()} <= {GPU}
-    inputs, labels = first_batch(trainer)
+    inputs, labels, images = next(trainer.batches())
     assert (inputs.device, inputs.dtype, labels.device) == (GPU, torch.float32, GPU)
+    assert len(inputs) == len(labels) == images == 8
     trainer.ddp.train()
-    trainer.train_step(inputs, labels, 8)
+    trainer.train_step(inputs, labels, images)
     kept = [*trainer.network.parameters(), *(p.grad for p in trainer.network.parameters())]
     kept += trainer.averaged.parameters() if trainer.averaged else []
     for state in trainer.optimizer.state.values():
         kept += state.values()
-    assert {tensor.device for tensor in [*kept, trainer.sums, trainer.adjustment]} == {GPU}
+    assert {tensor.device for tensor in [*kept, trainer.sums, trainer.loss.adjustment]} == {GPU}
     rows = torch.empty(20, dtype=torch.int64)
     for flip in (False, True):
         logits = train.evaluate(trainer.evaluated, store, rows, 64, trainer.compute, flip)
@@ -170,7 +171,7 @@ def leave_sums(trainer, monkeypatch):
 
 
 def leave_prior(trainer, monkeypatch):
-    trainer.adjustment = torch.zeros(10)
+    trainer.loss.adjustment = torch.zeros(10)
 
 
 def leave_network(trainer, monkeypatch):
@@ -340,7 +341,7 @@ def test_fp16_grows_its_scale_and_skips_a_step_that_overflows(photos, cache, mon
 def test_a_graph_computes_what_the_network_does(photos, cache, monkeypatch):
     argv = [*STRONG, *["--precision", "fp32", "--stride", "4", "--train-size", "64-80"]]
     recorded, plain = (trainer_on("cuda", *argv, folder=photos, cache=cache) for _ in range(2))
-    monkeypatch.setattr(plain, "graphed", lambda inputs: plain.ddp)
+    monkeypatch.setattr(plain, "graphed", lambda batch: plain.ddp)
     for epoch, images in ((0, 8), (0, 5), (0, 8), (29, 8)):  # the last one has larger images
         for trainer in (recorded, plain):
             trainer.ddp.train()
@@ -378,19 +379,14 @@ def test_a_step_makes_the_cpu_wait_for_no_gpu(
     if not resident:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     trainer = trainer_on("cuda", *recipe, "--precision", precision, folder=photos, cache=cache)
-    rows, changes = trainer.epoch_plan()
-
-    def step():
-        batch = trainer.inputs(rows[:8], {name: c[:8] for name, c in changes.items()})
-        trainer.train_step(*batch, 8)
-
     trainer.ddp.train()
+    batches = trainer.batches()
     for _ in range(2):  # the first ones choose algorithms and make constants
-        step()
+        trainer.train_step(*next(batches))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(3):
-            step()
+        for _ in range(3):  # of which one augments the next batches
+            trainer.train_step(*next(batches))
         with pytest.raises(RuntimeError, match="synchronizing"):
             trainer.sums.tolist()
     finally:

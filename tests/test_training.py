@@ -2,8 +2,11 @@
 
 import copy
 import csv
+import itertools
 import json
+import random
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +150,24 @@ def test_label_smoothing_and_logit_adjustment_change_the_gradient_not_the_shown_
     torch.testing.assert_close(trainer.sums, shown)
 
 
+def test_cutmix_weighs_the_labels_by_the_area_of_each_image(make):
+    trainer = make("--cutmix", 1, "--dropout", 0)
+    inputs, labels = batch(trainer)
+    rng = random.Random(data.seed_of("cutmix", 0, 0, 0))
+    rng.random()  # has decided that this batch is mixed
+    mixed, own = data.cutmix(inputs.clone(), rng)
+    is_own, is_others = (mixed == inputs).all(1), (mixed == inputs.flip(0)).all(1)
+    assert (is_own | is_others).all()
+    assert is_own[0].float().mean() == pytest.approx(own, abs=0.01)
+    assert 0.1 < own < 0.9
+    labels_of_both = own * F.one_hot(labels, 10) + (1 - own) * F.one_hot(labels.flip(0), 10)
+    with torch.no_grad():
+        expected = (trainer.network(mixed).softmax(1) - labels_of_both).mean(0)  # of the last bias
+    trainer.train_step(inputs, labels, 8)
+    gradient = trainer.network.classifier[-1].bias.grad
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_weight_decay_is_decoupled(make):
     trainer = make("--weight-decay", 0.5)
     parameter = trainer.network.features[0].bias
@@ -185,6 +206,20 @@ def test_an_epoch_visits_each_image_as_often_as_repeats_says_in_an_order_of_its_
     )
     trainer.epoch = 1
     assert not torch.equal(trainer.epoch_plan()[0], rows)
+
+
+@pytest.mark.parametrize("processes", [1, 6])  # of 6, two have no image in the last batch
+def test_batches_augmented_together_are_those_augmented_alone(make, monkeypatch, processes):
+    trainer = make("--augment", "crop,color,gray", "--batch-size", 12)
+    alone = list(trainer.batches())
+    assert [images for _, _, images in alone] == [12, 12, 12, 12, 12, 4]
+    monkeypatch.setattr(train, "TOGETHER", {"cpu": 4})
+    for trainer.step, rank in itertools.product((0, 3, 4), range(processes)):
+        trainer.compute = replace(trainer.compute, rank=rank, world_size=processes)
+        for one, other in zip(alone[trainer.step :], trainer.batches(), strict=True):
+            assert torch.equal(one[0][rank::processes], other[0])
+            assert torch.equal(one[1][rank::processes], other[1])
+            assert one[2] == other[2]
 
 
 def test_evaluation_gives_each_row_its_own_logits(make, monkeypatch):
