@@ -74,6 +74,11 @@ def give_gradients(loss, *_):
                 node.variable.grad = torch.empty_like(node.variable)
 
 
+def record(loss, _):
+    """Do what `make_graphed_callables` does to outputs: all of them ask for a gradient."""
+    return lambda *batch: tuple(output.requires_grad_() for output in loss(*batch))
+
+
 @pytest.fixture
 def pretend(monkeypatch, photos, cache):
     """A function that returns a trainer on a GPU that need not exist: its tensors have no values.
@@ -87,7 +92,7 @@ def pretend(monkeypatch, photos, cache):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.Tensor, "cov", lambda tensor: tensor @ tensor.T)  # it reads values
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, raising=False)
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda loss, _: loss)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
@@ -121,6 +126,7 @@ def test_everything_is_on_the_device(pretend, recipe, resident):
     assert len(inputs) == len(labels) == images == 8
     trainer.ddp.train()
     trainer.train_step(inputs, labels, images)
+    assert not trainer.sums.requires_grad
     kept = [*trainer.network.parameters(), *(p.grad for p in trainer.network.parameters())]
     kept += trainer.averaged.parameters() if trainer.averaged else []
     for state in trainer.optimizer.state.values():
