@@ -518,9 +518,9 @@ def test_size(args: argparse.Namespace) -> int:
 
 # ---------------------------------------------------------------------------------- training
 
-# kind of device -> batches that are augmented at once; for small images, a GPU would wait for
-# Python to start each operation, while a CPU is faster on what fits into its caches
-TOGETHER = {"cuda": 4}
+# kind of device -> images that are augmented at once; for fewer, a GPU would wait for Python to
+# start each operation, while a CPU is faster on what fits into its caches
+TOGETHER = {"cuda": 256}
 
 
 def initial_network(args, store: ImageStore, rows: torch.Tensor, source: dict) -> AlexNet:
@@ -577,7 +577,8 @@ class TrainingLoss(torch.nn.Module):
         with torch.no_grad():
             plain_loss = F.cross_entropy(logits, labels, reduction="sum")  # as in validation
             hits = (logits.argmax(1) == labels).sum()
-            return loss, torch.stack([plain_loss, hits, torch.full_like(hits, len(labels))])
+            sums = torch.stack([plain_loss, hits, torch.full_like(hits, len(labels))])
+        return loss, sums
 
 
 class Trainer:
@@ -606,10 +607,10 @@ class Trainer:
         adjustment = args.logit_adjustment * (counts.clamp(min=1) / len(rows)).log()
         adjustment = adjustment.to(compute.device)
         self.network = network.to(compute.device, memory_format=memory_format(compute.device))
-        self.loss = TrainingLoss(self.network, adjustment, args.label_smoothing)
-        self.ddp = self.loss
+        self.training_loss = TrainingLoss(self.network, adjustment, args.label_smoothing)
+        self.ddp = self.training_loss
         if compute.world_size > 1:
-            self.ddp = DistributedDataParallel(self.loss, gradient_as_bucket_view=True)
+            self.ddp = DistributedDataParallel(self.training_loss, gradient_as_bucket_view=True)
         self.graphs = {}  # shape of inputs -> the loss, recorded for it
         cuda = compute.device.type == "cuda"  # torch.manual_seed seeds all kinds of devices, slowly
         self.manual_seed = torch.cuda.manual_seed if cuda else torch.manual_seed
@@ -647,18 +648,19 @@ class Trainer:
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """Yield what `train_step` takes, from the current step to the end of the epoch.
 
-        A GPU augments TOGETHER batches at once, the same ones wherever the epoch is resumed.
+        A GPU augments several batches at once, the same ones wherever the epoch is resumed: sums
+        over images may depend on their number.
         """
         rows, changes = self.epoch_plan()
-        together, begin = TOGETHER.get(self.compute.device.type, 1), self.step
-        batch, rank, world_size = self.args.batch_size, self.compute.rank, self.compute.world_size
+        size, rank, world_size = self.args.batch_size, self.compute.rank, self.compute.world_size
+        together, begin = max(1, TOGETHER.get(self.compute.device.type, 0) // size), self.step
+        own = size // world_size  # images of this process in a whole batch
         for first in range(begin - begin % together, self.steps, together):
-            share = slice(first * batch + rank, (first + together) * batch, world_size)
+            share = slice(first * size + rank, (first + together) * size, world_size)
             inputs, labels = self.inputs(rows[share], {n: c[share] for n, c in changes.items()})
-            each = batch // world_size
             for step in range(max(first, begin), min(first + together, self.steps)):
-                place = slice((step - first) * each, (step - first + 1) * each)
-                yield inputs[place], labels[place], min(batch, len(rows) - step * batch)
+                place = slice((step - first) * own, (step - first + 1) * own)
+                yield inputs[place], labels[place], min(size, len(rows) - step * size)
 
     def graphed(self, batch: tuple[torch.Tensor, ...]) -> torch.nn.Module:
         """Return the loss to train with: on a GPU, recorded as two CUDA graphs.
@@ -668,15 +670,18 @@ class Trainer:
         smaller last batch goes without; so do several processes.
         """
         shape = batch[0].shape
+        # AMD's GPUs may fail to record
         nvidia = self.compute.device.type == "cuda" and not torch.version.hip
         if not nvidia or self.compute.world_size > 1 or shape[0] < self.args.batch_size:
-            return self.ddp  # AMD's may fail to record
+            return self.ddp
         if shape not in self.graphs:
             self.graphs.clear()
             gc.collect()  # a graph is in a reference cycle, so its memory is not free before
-            loss = copy.copy(self.loss)  # shares the parameters; recording changes `forward`
-            with self.compute.autocast():  # the graph keeps the tensors that it is recorded with
-                kept = tuple(tensor.clone() for tensor in batch)
+            # shares the parameters; recording changes `forward`
+            loss = copy.copy(self.training_loss)
+            # the graph keeps them; a batch itself is a slice, and would keep its neighbours too
+            kept = tuple(tensor.clone() for tensor in batch)
+            with self.compute.autocast():
                 self.graphs[shape] = torch.cuda.make_graphed_callables(loss, kept)
         return self.graphs[shape]
 
@@ -708,7 +713,7 @@ class Trainer:
             get_ema_multi_avg_fn(decay)(
                 list(self.averaged.parameters()), list(self.network.parameters()), None
             )
-        self.sums += sums.detach()  # a graph says that they need a gradient
+        self.sums += sums.detach()  # all outputs of a graph require a gradient
         self.step += 1
 
     def end_epoch(self, train: tuple, valid: tuple, seconds: float) -> dict:

@@ -74,8 +74,13 @@ def give_gradients(loss, *_):
                 node.variable.grad = torch.empty_like(node.variable)
 
 
-def record(loss, _):
-    """Do what `make_graphed_callables` does to outputs: all of them ask for a gradient."""
+def record(loss, kept):
+    """Do what `make_graphed_callables` does to outputs: all of them require a gradient.
+
+    A number on the CPU would be recorded as it is.
+    """
+    if {tensor.device for tensor in kept} != {GPU}:
+        raise RuntimeError("a tensor is on another device")
     return lambda *batch: tuple(output.requires_grad_() for output in loss(*batch))
 
 
@@ -131,7 +136,8 @@ def test_everything_is_on_the_device(pretend, recipe, resident):
     kept += trainer.averaged.parameters() if trainer.averaged else []
     for state in trainer.optimizer.state.values():
         kept += state.values()
-    assert {tensor.device for tensor in [*kept, trainer.sums, trainer.loss.adjustment]} == {GPU}
+    kept += [trainer.sums, trainer.training_loss.adjustment]
+    assert {tensor.device for tensor in kept} == {GPU}
     rows = torch.empty(20, dtype=torch.int64)
     for flip in (False, True):
         logits = train.evaluate(trainer.evaluated, store, rows, 64, trainer.compute, flip)
@@ -177,7 +183,7 @@ def leave_sums(trainer, monkeypatch):
 
 
 def leave_prior(trainer, monkeypatch):
-    trainer.loss.adjustment = torch.zeros(10)
+    trainer.training_loss.adjustment = torch.zeros(10)
 
 
 def leave_network(trainer, monkeypatch):
@@ -348,12 +354,15 @@ def test_a_graph_computes_what_the_network_does(photos, cache, monkeypatch):
     argv = [*STRONG, *["--precision", "fp32", "--stride", "4", "--train-size", "64-80"]]
     recorded, plain = (trainer_on("cuda", *argv, folder=photos, cache=cache) for _ in range(2))
     monkeypatch.setattr(plain, "graphed", lambda batch: plain.ddp)
-    for epoch, images in ((0, 8), (0, 5), (0, 8), (29, 8)):  # the last one has larger images
+    for epoch, images in ((0, 8), (0, 8), (0, 5), (0, 8), (29, 8)):  # 29 has larger images
         for trainer in (recorded, plain):
             trainer.ddp.train()
-            trainer.epoch, trainer.step = epoch, 0
-            trainer.train_step(*first_batch(trainer, images), images)
+            trainer.epoch = epoch
+            inputs, labels, _ = next(trainer.batches())  # others in each step
+            trainer.train_step(inputs[:images], labels[:images], images)
         assert recorded.graphs
+        # loss and images; a hit more or less may be rounding
+        torch.testing.assert_close(recorded.sums[::2], plain.sums[::2], rtol=0.02, atol=0)
         for one, other in zip(
             recorded.network.parameters(), plain.network.parameters(), strict=True
         ):
@@ -385,13 +394,14 @@ def test_a_step_makes_the_cpu_wait_for_no_gpu(
     if not resident:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     trainer = trainer_on("cuda", *recipe, "--precision", precision, folder=photos, cache=cache)
+    monkeypatch.setattr(train, "TOGETHER", {"cuda": 16})
     trainer.ddp.train()
     batches = trainer.batches()
     for _ in range(2):  # the first ones choose algorithms and make constants
         trainer.train_step(*next(batches))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(3):  # of which one augments the next batches
+        for _ in range(3):  # the first and the third augment two batches
             trainer.train_step(*next(batches))
         with pytest.raises(RuntimeError, match="synchronizing"):
             trainer.sums.tolist()
@@ -404,14 +414,17 @@ def test_memory_of_a_step(photos, cache):
     gc.collect()  # the trainers of other tests
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    trainer = trainer_on("cuda", "--batch-size", "64", folder=photos, cache=cache)
+    flags = ["--batch-size", "64", "--repeats", "8"]  # 8 steps, of which 4 are augmented at once
+    trainer = trainer_on("cuda", *flags, folder=photos, cache=cache)
     trainer.ddp.train()
-    trainer.train_step(*first_batch(trainer, 64), 64)
+    batches = trainer.batches()
+    trainer.train_step(*next(batches))
     torch.cuda.empty_cache()  # it has tried algorithms out
     torch.cuda.reset_peak_memory_stats()
-    for images in (64, 64, 30):  # the last one goes without the graph
-        trainer.train_step(*first_batch(trainer, images), images)
-        torch.cuda.synchronize()
+    for inputs, labels, _ in batches:
+        trainer.train_step(inputs, labels, 64)
+    trainer.train_step(inputs[:30], labels[:30], 30)  # goes without the graph
+    torch.cuda.synchronize()
     # a graph's memory does not count as allocated
     peak = (torch.cuda.max_memory_reserved() - before) / 1e9
     print(f"\nsteps on 64 images of 224 pixels need {peak:.2f} GB")

@@ -213,13 +213,19 @@ def test_batches_augmented_together_are_those_augmented_alone(make, monkeypatch,
     trainer = make("--augment", "crop,color,gray", "--batch-size", 12)
     alone = list(trainer.batches())
     assert [images for _, _, images in alone] == [12, 12, 12, 12, 12, 4]
-    monkeypatch.setattr(train, "TOGETHER", {"cpu": 4})
-    for trainer.step, rank in itertools.product((0, 3, 4), range(processes)):
+    monkeypatch.setattr(train, "TOGETHER", {"cpu": 50})  # 4 batches
+    inputs, read = trainer.inputs, []
+    monkeypatch.setattr(trainer, "inputs", lambda *some: read.append(len(some[0])) or inputs(*some))
+    for step, rank in itertools.product((0, 3, 4), range(processes)):
+        trainer.step = step
         trainer.compute = replace(trainer.compute, rank=rank, world_size=processes)
-        for one, other in zip(alone[trainer.step :], trainer.batches(), strict=True):
+        for one, other in zip(alone[step:], trainer.batches(), strict=True):
             assert torch.equal(one[0][rank::processes], other[0])
             assert torch.equal(one[1][rank::processes], other[1])
             assert one[2] == other[2]
+    # in the same groups, wherever the epoch is resumed
+    if processes == 1:
+        assert read == [48, 16, 48, 16, 16]
 
 
 def test_evaluation_gives_each_row_its_own_logits(make, monkeypatch):
