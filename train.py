@@ -519,7 +519,7 @@ def test_size(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------- training
 
 # kind of device -> images that are augmented at once; for fewer, a GPU would wait for Python to
-# start each operation, while a CPU is faster on what fits into its caches
+# start each operation, while a CPU (Zen 4, 128 pixels) takes 1.7 times as long an image
 TOGETHER = {"cuda": 256}
 
 
@@ -567,6 +567,7 @@ class TrainingLoss(torch.nn.Module):
         """Return the loss of a batch, float32 (), and what is shown of it, as in `Trainer.sums`.
 
         Args:
+            inputs, labels: as `Trainer.inputs` returns them.
             own: float32 (), the share of each image that CutMix has left its own; the rest is from
                 the image at the same place from the end of the batch.
         """

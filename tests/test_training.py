@@ -223,8 +223,7 @@ def test_batches_augmented_together_are_those_augmented_alone(make, monkeypatch,
             assert torch.equal(one[0][rank::processes], other[0])
             assert torch.equal(one[1][rank::processes], other[1])
             assert one[2] == other[2]
-    # in the same groups, wherever the epoch is resumed
-    if processes == 1:
+    if processes == 1:  # the same groups, wherever the epoch is resumed
         assert read == [48, 16, 48, 16, 16]
 
 
