@@ -696,7 +696,9 @@ def to_inputs(
         changes: what augmentation does to each image, as `find_changes` returns it.
     """
     changes = changes or {}
-    warped = len(images) > 0 and "matrix" in changes
+    if not len(images):  # the share of a process; CUDA cannot resize it
+        return torch.empty(0, 3, size, size, device=images.device)
+    warped = "matrix" in changes
     # warping reads 2 x 2 pixels: from images much larger than the result it reads noise
     side = min(int(1.5 * size), images.shape[-1]) if warped else size
     if side != images.shape[-1]:

@@ -369,6 +369,19 @@ def test_a_graph_computes_what_the_network_does(photos, cache, monkeypatch):
             assert (one.grad - other.grad).norm() <= 0.02 * other.grad.norm()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+def test_a_process_may_have_no_image_of_a_batch(photos, cache, monkeypatch, device):
+    monkeypatch.setattr(model, "HIDDEN", 64)
+    trainer = trainer_on(device, *STRONG, folder=photos, cache=cache)
+    before = copy.deepcopy(trainer.network.state_dict())
+    inputs, labels = first_batch(trainer, images=0)
+    assert inputs.shape == (0, 3, 80, 80)
+    trainer.train_step(inputs, labels, 8)  # DDP adds the gradients of the others
+    assert trainer.sums.tolist() == [0, 0, 0]
+    for name, weight in trainer.network.state_dict().items():  # nothing but weight decay
+        torch.testing.assert_close(weight, before[name], rtol=0.01, atol=0)
+
+
 @cuda
 def test_streamed_images_are_those_on_the_gpu(photos, cache, monkeypatch):
     monkeypatch.setattr(model, "HIDDEN", 64)
