@@ -228,9 +228,10 @@ def classify(paths: list[str]) -> dict[str, tuple[str, str | None]]:
 
 
 def classes_in_parts(tops: dict[str, str], parts: dict[str, str]) -> dict:
-    """Return path -> (class, part) if train has class folders and is not the only part; else {}.
+    """Return path -> (class, part) if train has class folders; else {}.
 
-    A part without any of train's classes, such as images to predict, is left out.
+    Train may be the only part if it has two classes and nothing lies beside it. A part without any
+    of train's classes, such as images to predict, is left out.
     """
     labels = {path: class_in_part(path) for path, top in tops.items() if top in parts}
     trained = {label for path, label in labels.items() if parts[tops[path]] == "train"} - {None}
@@ -488,7 +489,7 @@ class ImageStore:
         root: the folder of the class folders, or of the parts of a split.
         classes: their names; a label is an index into this list.
         paths: the paths, relative to `root`, of the images that can be read, sorted.
-        labels: int64 (N,), of all images, also those that cannot be read: see `rows`.
+        labels: int64 (N,), of all images, also those that cannot be read; `rows` gives indices.
         pixels: uint8 (N, SIZE, SIZE, 3), of the same.
         parts: path -> train, valid or test where the data set is split already; else empty.
         checksums: path -> CRC-32 of each file that can be read.
@@ -592,7 +593,7 @@ class ImageStore:
         return ", ".join(f"{len(p)} {kind} (such as {min(p)!r})" for kind, p in kinds.items() if p)
 
     def move_to(self, device: torch.device) -> None:
-        """Keep the pixels on `device` if a quarter of its free memory, a GPU's, holds them."""
+        """Move the pixels to a GPU if they take less than a quarter of its free memory."""
         if device.type == "cuda" and self.pixels.numel() < torch.cuda.mem_get_info(device)[0] / 4:
             self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
 
@@ -621,9 +622,9 @@ def split(store: ImageStore, seed: int) -> dict[str, list[str]]:
         DataError: a part is empty.
     """
     manifest = {part: [p for p in store.paths if store.parts.get(p) == part] for part in PARTS}
-    missing = [part for part in PARTS if part == "train" or not manifest[part]]
+    drawn_parts = [part for part in PARTS if part == "train" or not manifest[part]]
     pool = manifest["train"] if store.parts else store.paths
-    shares = [8 if part == "train" else 1 for part in missing]
+    shares = [8 if part == "train" else 1 for part in drawn_parts]
     shares = [share / sum(shares) for share in shares]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an empty part is an error below
@@ -634,7 +635,7 @@ def split(store: ImageStore, seed: int) -> dict[str, list[str]]:
     if first.keys() - {labels[path] for path in drawn[0]}:  # train lacks a class
         order.sort(key=lambda path: path != first[labels[path]])  # the others keep their order
     rest = iter(order)
-    for part, subset in zip(missing, drawn, strict=True):
+    for part, subset in zip(drawn_parts, drawn, strict=True):
         manifest[part] = list(itertools.islice(rest, len(subset)))
     if not all(manifest.values()):
         raise DataError(f"{len(pool)} images are too few to split 8:1:1; at least 10 are needed")
@@ -650,7 +651,7 @@ def split(store: ImageStore, seed: int) -> dict[str, list[str]]:
 AUGMENTATIONS = {"crop": 4, "flip": 1, "color": 3, "gray": 1, "trivial": 2}
 CROP_SCALE, CROP_RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 GRAY = 0.1  # the share of images that lose their colour
-COLOR = 0.3  # the largest change, either way, as a factor
+COLOR = 0.3  # factors are from 0.7 to 1.3
 OPERATIONS = {  # of which "trivial" does one, and their largest change, either way
     "rotation": math.radians(30), "shear_x": 0.3, "shear_y": 0.3,
     "x": 0.25, "y": 0.25,  # a shift, as a share of half a side
@@ -696,10 +697,10 @@ def to_inputs(
         changes: what augmentation does to each image, as `find_changes` returns it.
     """
     changes = changes or {}
-    if not len(images):  # the share of a process; CUDA cannot resize it
+    if not len(images):  # a process may get none of the last batch, and CUDA cannot resize none
         return torch.empty(0, 3, size, size, device=images.device)
     warped = "matrix" in changes
-    # warping reads 2 x 2 pixels: from images much larger than the result it reads noise
+    # warping reads 2 x 2 pixels, so images much larger than the result would alias
     side = min(int(1.5 * size), images.shape[-1]) if warped else size
     if side != images.shape[-1]:
         if images.device.type != "cpu":  # only the CPU resizes bytes, and faster
@@ -793,9 +794,9 @@ def warp(pixels: torch.Tensor, size: int, matrix: torch.Tensor) -> torch.Tensor:
 def jitter(pixels: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Change brightness, contrast and saturation of each image; pixels stay in [0, 1]."""
     brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
-    grey = pixels.mean(1, keepdim=True)
-    level = grey.mean((2, 3), keepdim=True)
-    pixels = level + contrast * (grey + saturation * (pixels - grey) - level)
+    gray = pixels.mean(1, keepdim=True)
+    level = gray.mean((2, 3), keepdim=True)
+    pixels = level + contrast * (gray + saturation * (pixels - gray) - level)
     return pixels.mul_(brightness).clamp_(0, 1)
 
 

@@ -36,7 +36,7 @@ class AlexNet(nn.Module):
 
     Args:
         num_classes: the number of logits.
-        stride: of the first convolution. 2 is this experiment's. 4 is the paper's and
+        stride: of the first convolution. 2 is the lab report's. 4 is the paper's and
             torchvision's, with a quarter of the arithmetic.
         dropout: the probability of zeroing an input of the first two linear layers.
     """
@@ -98,9 +98,9 @@ def init_he(network: AlexNet) -> None:
 def whiten(layer: nn.Conv2d, images: torch.Tensor) -> None:
     """Set filters to the leading principal components of image patches, and their negatives.
 
-    They are scaled to outputs of variance near 1 on `images`, (B, 3, H, W), as airbench has it
-    (https://arxiv.org/abs/2404.00498), with smaller patches. Random filters nearly all respond to
-    a patch's mean colour, where most of the variance is.
+    They are scaled to outputs of variance near 1 on `images`, (B, 3, H, W). The idea is airbench's
+    (https://arxiv.org/abs/2404.00498), where patches are smaller. Random filters nearly all respond
+    to a patch's mean colour, where most of the variance is.
     """
     # every 7th place: the layer's own stride gives many more patches, all much alike
     patches = F.unfold(images, layer.kernel_size, stride=7)  # (B, 3 * 11 * 11, places)
@@ -146,7 +146,7 @@ def save(checkpoint: dict, path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())  # a power cut must not leave the new name without content
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch turns some of the first into the second
+    except (OSError, RuntimeError) as error:  # torch turns some OSErrors into RuntimeErrors
         reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
         raise CheckpointError(
             f"{path}: cannot be written ({reason}); free some space or fix the folder; what was "
@@ -190,7 +190,7 @@ def load(path: str | Path) -> dict:
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     if isinstance(checkpoint.get("versions"), dict) and "state_dict" in checkpoint:
-        return checkpoint
+        return checkpoint  # train.py's
     return {"state_dict": find_state_dict(checkpoint, path)}
 
 
@@ -213,7 +213,7 @@ def find_state_dict(checkpoint: dict, path: str | Path) -> dict:
         for first in plain:
             if first.endswith("features.0.weight"):
                 prefix = first.removesuffix("features.0.weight")
-                parameter = re.compile(re.escape(prefix) + r".*\b(weight|bias)")  # no counters
+                parameter = re.compile(re.escape(prefix) + r".*\b(weight|bias)")  # no buffers
                 own = filter(parameter.fullmatch, plain)
                 return {name.removeprefix(prefix): plain[name] for name in own}
     raise CheckpointError(f"{path}: holds no AlexNet's weights, such as features.0.weight")

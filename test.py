@@ -60,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--logdir", type=path, help="write events under this folder; default: the run's")
     seed = train.number(int, 0, 2**32)
     add("--seed", type=seed, default=0, help="of the split, if the checkpoint has none")
-    add("--stride", type=int, choices=[2, 4], default=2, help="first layer's, if the file has none")
+    add("--stride", type=int, choices=[2, 4], default=2, help="if the checkpoint does not hold it")
     args = parser.parse_args(argv)
     for name in ("data", "cache", "split", "flip", "versus", "logdir"):
         if args.images and getattr(args, name) != parser.get_default(name):
@@ -285,10 +285,10 @@ def predict(
     classes = checkpoint.get("classes", [f"class {label}" for label in range(count)])
     files, answers, rows = [], [], []
     for path in map(Path, args.images):
-        files += sorted(images_in(path)) or [path] if path.is_dir() else [path]
+        files += (path.is_dir() and sorted(images_in(path))) or [path]
     for file in files:
         pixels, error = try_decode(file)
-        if isinstance(error, str):
+        if isinstance(error, str):  # else the file's checksum
             error = "no images in this folder" if file.is_dir() else error
             print(f"test.py: {file}: {error}", file=sys.stderr)
             answers.append({"path": str(file), "error": error})
@@ -333,7 +333,7 @@ def warn(args: argparse.Namespace, checkpoint: dict, store: ImageStore, manifest
     """Say on standard error what makes the result less than a test on unseen images."""
     note = functools.partial(print, "test.py:", file=sys.stderr)
     if "split" not in checkpoint:
-        note(f"{args.ckpt}: has no split; it is drawn from --seed {args.seed}, unverified")
+        note(f"{args.ckpt}: has no split; --seed {args.seed} draws one, with images it may know")
     if checkpoint.get("fingerprint", store.fingerprint) != store.fingerprint:
         changes = store.differences(checkpoint.get("checksums", store.checksums)) or "some"
         note(f"{store.root}: images have changed since training: {changes}")

@@ -5,9 +5,9 @@
     python train.py --resume                    # continue where a run was interrupted
     torchrun --standalone --nproc-per-node=4 train.py --epochs 30 --lr 1e-4
 
-The order and the augmentation of an epoch depend only on the seed and the epoch, dropout on the
-step and the process as well. So a run that is resumed at any step sees the same random numbers as
-an unbroken one, and any number of processes see the same images; CutMix pairs those of a process.
+Random numbers depend only on the seed and the place in the run, so a run that is resumed at any
+step sees the same ones as an unbroken run. Any number of processes see the same augmented images;
+dropout, and the partners in CutMix, are each process's own.
 """
 
 import argparse
@@ -50,7 +50,7 @@ import data
 from data import DataError, ImageStore, generator, memory_format, seed_of, split, to_inputs
 from model import AlexNet, CheckpointError, init_he, load, save, transfer, whiten
 
-# both come with CUDA graphs: the results are right, but gradients wait on a second stream
+# these warnings come with CUDA graphs: results are right, but gradients wait on a second stream
 warnings.filterwarnings("ignore", "Attempting to run cuBLAS|The AccumulateGrad node")
 
 # --------------------------------------------------------------------------- recipes and flags
@@ -165,39 +165,40 @@ def get_parser(**options) -> Parser:
     name = matching(r"(?!\.\.?$)[^/\\\ud800-\udfff]+", "a name, in UTF-8, without folders")
 
     add = parser.add_argument_group("experiment").add_argument
-    add("--recipe", choices=list(RECIPES), default="report", help="defaults of other flags")
-    add("--epochs", type=number(int, 1, 100_000), default=30, help="passes over the images")
+    add("--recipe", choices=list(RECIPES), default="report", help="sets defaults of other flags")
+    add("--epochs", type=number(int, 1, 100_000), default=30, help="to train in all")
     add("--batch-size", type=number(int, 1, 65_536), default=64, help="images in a step, in total")
     add("--lr", type=number(float, 1e-12, 100), help="peak learning rate of Adam")
-    add("--schedule", choices=["constant", "cosine"], help="of the learning rate, after warm-up")
-    add("--warmup-epochs", type=number(float, 0, 10_000), help="in which the learning rate rises")
+    add("--schedule", choices=["constant", "cosine"], help="learning rate after the warm-up")
+    add("--warmup-epochs", type=number(float, 0, 10_000), help="while the learning rate rises")
     add("--weight-decay", type=number(float, 0, 100), help="decoupled, as in AdamW")
-    add("--label-smoothing", type=number(float, 0, 0.99), help="share of a label for all classes")
-    add("--logit-adjustment", type=number(float, 0, 10), help="1 favours rare classes, 0 does not")
+    add("--label-smoothing", type=number(float, 0, 0.99), help="as in PyTorch's CrossEntropyLoss")
+    add("--logit-adjustment", type=number(float, 0, 10), help="helps rare classes; 0: off")
     add("--augment", type=augment, help=f"none, or some of {','.join(data.AUGMENTATIONS)}")
     add("--cutmix", type=number(float, 0, 1), help="share of the batches that CutMix mixes")
-    add("--repeats", type=number(int, 1, 16), help="how often an image comes in an epoch")
+    add("--repeats", type=number(int, 1, 16), help="passes over the images in an epoch")
     add("--train-size", type=train_sizes, help="pixels a side; A-B grows over 80 %% of the epochs")
     add("--test-size", type=number(int, 64, data.SIZE), help="pixels a side in validation and "
-        "test; default: the largest --train-size, an eighth more with crops")  # fmt: skip
+        "test; default: the largest --train-size, up to an eighth more with crops")  # fmt: skip
     add("--ema", type=number(float, 0, 0.99999), help="decay of averaged weights; 0: no averaging")
     add("--init", type=utf8, help="initial weights: default (PyTorch's), he (He's), whiten (he, "
-        "whitening filters first), or FILE: a checkpoint or other weights of AlexNet")  # fmt: skip
+        "and whitening filters in the first layer), or FILE with weights of AlexNet")  # fmt: skip
     add("--stride", type=int, choices=[2, 4], default=2, help="of the first layer; torchvision: 4")
     add("--dropout", type=number(float, 0, 0.99), help="of the inputs of two linear layers")
     add("--seed", type=number(int, 0, 2**32), default=0, help="of the split and all else random")
 
     add = parser.add_argument_group("data and machine").add_argument
     add("--data", default=data.DEFAULT_DATA, help="folder of class folders, or of train, val and "
-        "test with such; 'sample': drawn images; data: Caltech101, downloaded")  # fmt: skip
+        "test with such; 'sample': generated images; data: Caltech101 is downloaded")  # fmt: skip
     add("--cache", type=utf8, default=data.DEFAULT_CACHE, help="folder for decoded images")
     add("--skip-bad-images", action="store_true", help="continue without unreadable images")
     add("--device", type=DEVICE, default="auto", help="cpu, mps, cuda, cuda:N; auto: the best")
-    add("--precision", choices=PRECISIONS, default="auto", help="auto: what is fast on the device")
-    add("--deterministic", action="store_true", help="the same numbers again on CUDA")
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: what is fast on the device; "
+        "fp32 is TF32 on NVIDIA GPUs")  # fmt: skip
+    add("--deterministic", action="store_true", help="repeatable on CUDA, as far as PyTorch can")
 
     add = parser.add_argument_group("output").add_argument
-    add("--name", type=name, help="of the run, its log and NAME.pth; default: date and time")
+    add("--name", type=name, help="of the log folder (else date and time) and of NAME.pth")
     add("--ckpt", help="file of the best weights; default: NAME.pth, or alexnet.pth without --name")
     add("--resume", action="store_true", help="continue the run of --ckpt from its NAME.last.pth")
     add("--logdir", type=utf8, default="runs", help="folder of the runs, for TensorBoard")
@@ -213,7 +214,7 @@ def last_path(ckpt: str) -> Path:
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
     """Return the arguments and, when a run is resumed, its checkpoint.
 
-    The command line wins over the checkpoint, and the checkpoint over the recipe.
+    The checkpoint wins over the recipe. The command line may change what MAY_CHANGE lists.
     """
     first, _ = get_parser(add_help=False).parse_known_args(argv)
     parser = get_parser()
@@ -357,7 +358,7 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
         raise TrainingError("--device mps: no such device here; try --device cpu")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+    torch.set_float32_matmul_precision("high")  # on NVIDIA GPUs, fp32 is TF32
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -509,8 +510,8 @@ def train_size(args: argparse.Namespace, epoch: int) -> int:
 def test_size(args: argparse.Namespace) -> int:
     """Return the default --test-size: with crops, training shows objects larger than they are.
 
-    A larger image makes up for that (https://arxiv.org/abs/1906.06423); 9/8 is the best of 1, 9/8,
-    5/4 and 3/2 on validation.
+    A larger image makes up for that (https://arxiv.org/abs/1906.06423). 9/8 is the best of 1, 9/8,
+    5/4 and 3/2 on validation; it is rounded down to a multiple of 8.
     """
     largest = train_size(args, args.epochs)
     return min(data.SIZE, largest * 9 // 64 * 8) if "crop" in args.augment else largest
@@ -518,8 +519,8 @@ def test_size(args: argparse.Namespace) -> int:
 
 # ---------------------------------------------------------------------------------- training
 
-# kind of device -> images that are augmented at once; for fewer, a GPU would wait for Python to
-# start each operation, while a CPU (Zen 4, 128 pixels) takes 1.7 times as long an image
+# kind of device -> how many images to augment at once. A GPU that gets few waits for Python. A CPU
+# that gets many is slower: 1.7 times as long for each image (Zen 4, 128 pixels)
 TOGETHER = {"cuda": 256}
 
 
@@ -587,6 +588,7 @@ class Trainer:
 
     Attributes:
         network: AlexNet on the device.
+        training_loss: a TrainingLoss of it, in DDP where there are several processes.
         averaged: its averaged weights, an AlexNet too; None without --ema.
         evaluated: the one of the two that is validated and saved.
         epoch: the number of completed epochs.
@@ -609,9 +611,9 @@ class Trainer:
         adjustment = adjustment.to(compute.device)
         self.network = network.to(compute.device, memory_format=memory_format(compute.device))
         self.training_loss = TrainingLoss(self.network, adjustment, args.label_smoothing)
-        self.ddp = self.training_loss
         if compute.world_size > 1:
-            self.ddp = DistributedDataParallel(self.training_loss, gradient_as_bucket_view=True)
+            options = {"gradient_as_bucket_view": True}
+            self.training_loss = DistributedDataParallel(self.training_loss, **options)
         self.graphs = {}  # shape of inputs -> the loss, recorded for it
         cuda = compute.device.type == "cuda"  # torch.manual_seed seeds all kinds of devices, slowly
         self.manual_seed = torch.cuda.manual_seed if cuda else torch.manual_seed
@@ -628,8 +630,8 @@ class Trainer:
     def epoch_plan(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return this epoch's rows of the store in order, and what augmentation does to each.
 
-        The repeats of an image, augmented each in its own way, come in one batch
-        (https://arxiv.org/abs/1901.09335).
+        The repeats of an image, augmented each in its own way, come one after another, so most
+        are in one batch (https://arxiv.org/abs/1901.09335).
         """
         seed, images, repeats = self.args.seed, len(self.rows), self.args.repeats
         order = torch.randperm(images, generator=generator("order", seed, self.epoch))
@@ -649,22 +651,22 @@ class Trainer:
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """Yield what `train_step` takes, from the current step to the end of the epoch.
 
-        A GPU augments several batches at once, the same ones wherever the epoch is resumed: sums
-        over images may depend on their number.
+        A GPU augments several batches at once. They are the same ones wherever the epoch is
+        resumed, for their number may change how sums are rounded.
         """
         rows, changes = self.epoch_plan()
         size, rank, world_size = self.args.batch_size, self.compute.rank, self.compute.world_size
         together, begin = max(1, TOGETHER.get(self.compute.device.type, 0) // size), self.step
-        own = size // world_size  # images of this process in a whole batch
+        per_process = size // world_size  # images of a batch
         for first in range(begin - begin % together, self.steps, together):
             share = slice(first * size + rank, (first + together) * size, world_size)
             inputs, labels = self.inputs(rows[share], {n: c[share] for n, c in changes.items()})
             for step in range(max(first, begin), min(first + together, self.steps)):
-                place = slice((step - first) * own, (step - first + 1) * own)
+                place = slice((step - first) * per_process, (step - first + 1) * per_process)
                 yield inputs[place], labels[place], min(size, len(rows) - step * size)
 
     def graphed(self, batch: tuple[torch.Tensor, ...]) -> torch.nn.Module:
-        """Return the loss to train with: on a GPU, recorded as two CUDA graphs.
+        """Return `training_loss`; on a GPU, recorded as two CUDA graphs.
 
         Python starts a graph, the forward or the backward pass, in one call. A fast GPU would wait
         for it kernel by kernel. A graph is for one shape of inputs and keeps its memory, so a
@@ -674,11 +676,11 @@ class Trainer:
         # AMD's GPUs may fail to record
         nvidia = self.compute.device.type == "cuda" and not torch.version.hip
         if not nvidia or self.compute.world_size > 1 or shape[0] < self.args.batch_size:
-            return self.ddp
+            return self.training_loss
         if shape not in self.graphs:
             self.graphs.clear()
             gc.collect()  # a graph is in a reference cycle, so its memory is not free before
-            # shares the parameters; recording changes `forward`
+            # a shallow copy shares the parameters; recording replaces its `forward`
             loss = copy.copy(self.training_loss)
             # the graph keeps them; a batch itself is a slice, and would keep its neighbours too
             kept = tuple(tensor.clone() for tensor in batch)
@@ -807,7 +809,7 @@ def train_epoch(trainer: Trainer, stop: StopSignal) -> tuple[float, float]:
     before = done = trainer.step * args.batch_size
     read = printed = time.perf_counter()
     started = read - trainer.seconds  # as if the epoch had begun without a break
-    trainer.ddp.train()
+    trainer.training_loss.train()
     quiet = True if compute.rank else None  # None: quiet where the output is no terminal
     with tqdm(
         desc=title, total=total, initial=before, unit=" images", leave=False, disable=quiet
@@ -964,8 +966,8 @@ class Checkpoints:
     """The two files of a run: the best weights, for test.py, and the state, for --resume.
 
     Saving takes at most 5 % of the time: when it took t seconds, the next waits for 20 t. Until
-    then the best weights stay in memory. They are written before the state, so a kill between the
-    two leaves the best of a later epoch, and the resumed run takes that as its best.
+    then the best weights stay in memory. They are written before the state: after a kill between
+    the two they may be of a later epoch, and the resumed run takes them as its best.
 
     Args:
         about: what both files hold besides: classes, split, arguments and so on.
@@ -988,7 +990,7 @@ class Checkpoints:
         self.best = saved_best(ckpt, checkpoint) if checkpoint else None
         size = sum(p.nbytes for p in trainer.network.parameters())
         state = size * (4 if trainer.averaged else 3)  # Adam has two moments
-        self.seconds = (size + state) / 100e6  # of the first save: a slow disk's
+        self.seconds = (size + state) / 100e6  # a guess for the first save
         self.saved_at = time.perf_counter()
         files = [file for file in (Path(ckpt), last_path(ckpt)) if file.exists()]
         self.earlier = bool(files and not checkpoint)
@@ -1005,7 +1007,7 @@ class Checkpoints:
 
     def keep_best(self, row: dict) -> bool:
         """Keep the present weights if they are the best so far: at equal accuracy, by the loss."""
-        if self.best and row["epoch"] != self.best["epoch"]:  # equal if a killed process saved it
+        if self.best and row["epoch"] != self.best["epoch"]:  # equal: after a kill, it comes again
             new, old = ((each["valid_accuracy"], -each["valid_loss"]) for each in (row, self.best))
             if new <= old:
                 return False

@@ -129,7 +129,7 @@ def test_everything_is_on_the_device(pretend, recipe, resident):
     inputs, labels, images = next(trainer.batches())
     assert (inputs.device, inputs.dtype, labels.device) == (GPU, torch.float32, GPU)
     assert len(inputs) == len(labels) == images == 8
-    trainer.ddp.train()
+    trainer.training_loss.train()
     trainer.train_step(inputs, labels, images)
     assert not trainer.sums.requires_grad
     kept = [*trainer.network.parameters(), *(p.grad for p in trainer.network.parameters())]
@@ -353,10 +353,10 @@ def test_fp16_grows_its_scale_and_skips_a_step_that_overflows(photos, cache, mon
 def test_a_graph_computes_what_the_network_does(photos, cache, monkeypatch):
     argv = [*STRONG, *["--precision", "fp32", "--stride", "4", "--train-size", "64-80"]]
     recorded, plain = (trainer_on("cuda", *argv, folder=photos, cache=cache) for _ in range(2))
-    monkeypatch.setattr(plain, "graphed", lambda batch: plain.ddp)
+    monkeypatch.setattr(plain, "graphed", lambda batch: plain.training_loss)
     for epoch, images in ((0, 8), (0, 8), (0, 5), (0, 8), (29, 8)):  # 29 has larger images
         for trainer in (recorded, plain):
-            trainer.ddp.train()
+            trainer.training_loss.train()
             trainer.epoch = epoch
             inputs, labels, _ = next(trainer.batches())  # others in each step
             trainer.train_step(inputs[:images], labels[:images], images)
@@ -408,7 +408,7 @@ def test_a_step_makes_the_cpu_wait_for_no_gpu(
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     trainer = trainer_on("cuda", *recipe, "--precision", precision, folder=photos, cache=cache)
     monkeypatch.setattr(train, "TOGETHER", {"cuda": 16})
-    trainer.ddp.train()
+    trainer.training_loss.train()
     batches = trainer.batches()
     for _ in range(2):  # the first ones choose algorithms and make constants
         trainer.train_step(*next(batches))
@@ -429,7 +429,7 @@ def test_memory_of_a_step(photos, cache):
     before = torch.cuda.memory_reserved()
     flags = ["--batch-size", "64", "--repeats", "8"]  # 8 steps, of which 4 are augmented at once
     trainer = trainer_on("cuda", *flags, folder=photos, cache=cache)
-    trainer.ddp.train()
+    trainer.training_loss.train()
     batches = trainer.batches()
     trainer.train_step(*next(batches))
     torch.cuda.empty_cache()  # it has tried algorithms out
