@@ -55,10 +55,9 @@ PARTS = {  # a folder is a ready-made part of the split if a word of its name ma
     "valid": r"(val|valid|validate|validation|dev)(set|data|images)?",
     "test": r"(test|tests|testing|eval|evaluation)(set|data|images)?",
 }
-DECODING = 3  # the version of `decode`: a new one makes caches of older ones stale
+DECODING = 4  # the version of `decode`: a new one makes caches of older ones stale
 SIZE = 224  # pixels, height and width of a stored image
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in torchvision's weights
-DAY = 86_400  # seconds
 SUFFIXES = {  # of files that Pillow decodes without other programs
     suffix
     for suffix, kind in Image.registered_extensions().items()
@@ -81,11 +80,6 @@ class DataError(Exception):
 def visible(names: Iterable[str]) -> list[str]:
     """Return the names of files or folders that are neither hidden nor the system's, sorted."""
     return sorted(n for n in names if not n.startswith(".") and n.lower() not in SYSTEM_NAMES)
-
-
-def subfolders(folder: Path) -> list[str]:
-    """Return the names of a folder's visible folders, sorted."""
-    return visible(path.name for path in folder.iterdir() if path.is_dir())
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -125,7 +119,8 @@ def images_in(folder: Path) -> Iterator[Path]:
 
 def class_folders(folder: Path) -> list[str]:
     """Return the names of a folder's folders that hold images, however deep."""
-    return [name for name in subfolders(folder) if any(True for _ in images_in(folder / name))]
+    names = visible(path.name for path in folder.iterdir() if path.is_dir())
+    return [name for name in names if any(images_in(folder / name))]
 
 
 def locate(data: str, cache: str) -> Path:
@@ -223,38 +218,25 @@ def classify(paths: list[str]) -> dict[str, tuple[str, str | None]]:
     """
     tops = {path: path.partition("/")[0] for path in paths}
     parts = {top: part for top in sorted(set(tops.values())) if (part := part_of(top))}
-    found = classes_in_parts(tops, parts) if parts else parts_in_classes(tops)
-    return found or {path: (top, None) for path, top in tops.items()}
-
-
-def classes_in_parts(tops: dict[str, str], parts: dict[str, str]) -> dict:
-    """Return path -> (class, part) if train has class folders; else {}.
-
-    Train may be the only part if it has two classes and nothing lies beside it. A part without any
-    of train's classes, such as images to predict, is left out.
-    """
+    plain = {path: (top, None) for path, top in tops.items()}
+    if not parts:  # each class folder may have parts, train among them
+        inner = {path: part_of(path.split("/")[1]) for path in tops if path.count("/") > 1}
+        found = {path: (tops[path], part) for path, part in inner.items() if part}
+        complete = {label for label, _ in found.values()} == set(tops.values())
+        return found if complete and {"train"} < {part for _, part in found.values()} else plain
     labels = {path: class_in_part(path) for path, top in tops.items() if top in parts}
     trained = {label for path, label in labels.items() if parts[tops[path]] == "train"} - {None}
     alone = parts.keys() == set(tops.values())  # there are parts and nothing else
     several = len(set(parts.values())) > 1
     if trained and (several or (alone and len(trained) > 1)):
+        # a part without any of train's classes, such as images to predict, is left out
         known = {tops[path] for path, label in labels.items() if label in trained}
-        return {
-            p: (label, parts[tops[p]]) for p, label in labels.items() if label and tops[p] in known
-        }
+        return {p: (c, parts[tops[p]]) for p, c in labels.items() if c and tops[p] in known}
     if several and alone:
         raise DataError(
             f"{', '.join(parts)}: without class folders in train, nothing can be learned"
         )
-    return {}
-
-
-def parts_in_classes(tops: dict[str, str]) -> dict:
-    """Return path -> (class, part) if each class folder has parts, train among them; else {}."""
-    inner = {path: part_of(path.split("/")[1]) for path in tops if path.count("/") > 1}
-    found = {path: (tops[path], part) for path, part in inner.items() if part}
-    complete = {label for label, _ in found.values()} == set(tops.values())
-    return found if complete and {"train"} < {part for _, part in found.values()} else {}
+    return plain
 
 
 def find_images(root: Path) -> tuple[dict[str, tuple[str, str | None]], list[str]]:
@@ -362,8 +344,7 @@ def draw_shape(outline: list[tuple[float, float]], rng: random.Random) -> Image.
 
 def digest(value: object) -> str:
     """Return 16 hexadecimal digits that tell one plain value from another."""
-    text = repr(value).encode(errors="surrogatepass")
-    return hashlib.blake2b(text, digest_size=8).hexdigest()
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
 def decode(file: str | Path | io.BytesIO) -> torch.Tensor:
@@ -380,11 +361,14 @@ def decode(file: str | Path | io.BytesIO) -> torch.Tensor:
         image.load()  # damaged pixels raise here
         with contextlib.suppress(Exception):  # it turns the image before it meets damaged EXIF
             ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "La":  # Pillow converts it to LA alone
+            image = image.convert("LA")
         if image.mode.startswith("I"):  # 16 bits a pixel: convert() cuts instead of scaling
             levels = pil_to_tensor(image.convert("I"))[0]
             few = image.mode == "I" and 0 < levels.max() < 256
             if few or levels.max() > 65_535 or levels.min() < 0:
                 raise ValueError("32-bit integers: which value is white is unknown")
+            levels[levels == image.info.get("transparency", -1)] = 65_535
             image = Image.fromarray((levels >> 8).byte().numpy())
         elif image.mode == "F":
             raise ValueError("floating point: which value is white is unknown")
@@ -417,10 +401,9 @@ def build_cache(root: Path, paths: list[str], target: Path) -> list[int | str]:
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(target)
     checksums = []
-    progress = tqdm(total=len(paths), desc="decoding once", unit=" images", disable=None)
     with (
         complete_file(target.with_suffix(".uint8")) as out,
-        progress,
+        tqdm(total=len(paths), desc="decoding once", unit=" images", disable=None) as progress,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # beyond, they wait for the GIL
     ):
         for start in range(0, len(paths), 256):  # bounds what waits in memory
@@ -469,7 +452,7 @@ def remove_stale(target: Path) -> None:
                     file.unlink()
                     file.with_suffix(".uint8").unlink()
             elif not file.with_suffix(".json").exists():
-                if time.time() - file.stat().st_mtime > DAY:  # no process writes it any more
+                if time.time() - file.stat().st_mtime > 86_400:  # a day: no process writes it
                     file.unlink()
 
 
@@ -534,11 +517,10 @@ class ImageStore:
 
         A file that is moved here keeps its old time of modification and gets a new one of change.
         """
-        try:
+        with contextlib.suppress(OSError):
             status = os.stat(self.root / path)
-        except OSError:  # a broken link
-            status = os.lstat(self.root / path)
-        return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+            return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return (path,)  # a broken link
 
     def map_cache(self, paths: list[str], target: Path, retry: bool) -> tuple[torch.Tensor, list]:
         """Return the pixels, and the CRC-32 or the error of each image; build the cache if need be.
@@ -708,7 +690,9 @@ def to_inputs(
         images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
     pixels = images.float().div_(255)
     if warped:
-        pixels = warp(pixels, size, changes["matrix"])
+        # crop, scale, mirror, rotate, shear and shift each image in one pass of bilinear sampling
+        grid = F.affine_grid(changes["matrix"], [len(pixels), 3, size, size], align_corners=False)
+        pixels = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
     if "factors" in changes:
         pixels = jitter(pixels, changes["factors"])
     if "gray" in changes:
@@ -735,8 +719,8 @@ def find_changes(uniforms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     uniform strength.
 
     Returns:
-        Those that the augmentations need of "matrix" (B, 2, 3), for `warp`; "factors" (B, 3), for
-        `jitter`; and "gray" (B, 1), bool.
+        Those that the augmentations need of "matrix" (B, 2, 3), for `F.affine_grid`; "factors"
+        (B, 3), for `jitter`; and "gray" (B, 1), bool.
     """
     if not uniforms:
         return {}
@@ -783,12 +767,6 @@ def matrices(values: dict[str, torch.Tensor]) -> torch.Tensor:
     across = [width * cos, height * (values["shear_x"] - sin), values["x"]]
     down = [width * (values["shear_y"] + sin), height * cos, values["y"]]
     return torch.stack(across + down, 1).view(-1, 2, 3)
-
-
-def warp(pixels: torch.Tensor, size: int, matrix: torch.Tensor) -> torch.Tensor:
-    """Crop, scale, mirror, rotate, shear and shift each image in one pass of bilinear sampling."""
-    grid = F.affine_grid(matrix, [len(pixels), 3, size, size], align_corners=False)
-    return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
 
 def jitter(pixels: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:

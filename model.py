@@ -75,10 +75,8 @@ class AlexNet(nn.Module):
         H and W are at least 35, or 63 with stride 4.
         """
         maps = self.features(images)
-        if maps.device.type == "mps":  # it pools only sizes that 6 divides; the maps are small
-            maps = self.avgpool(maps.cpu()).to(maps.device)
-        else:
-            maps = self.avgpool(maps)  # (B, 256, 6, 6)
+        mps = maps.device.type == "mps"  # it pools only sizes that 6 divides; the maps are small
+        maps = self.avgpool(maps.cpu() if mps else maps).to(maps.device)  # (B, 256, 6, 6)
         return self.classifier(torch.flatten(maps, 1))
 
 

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -23,18 +24,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+import data
 import train
-from data import (
-    DEFAULT_CACHE,
-    DataError,
-    ImageStore,
-    complete_file,
-    images_in,
-    memory_format,
-    split,
-    to_inputs,
-    try_decode,
-)
+from data import DEFAULT_CACHE, DataError, ImageStore, memory_format
 from model import AlexNet, CheckpointError, build, load
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
@@ -108,12 +100,11 @@ def metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> d
     loss, accuracy = train.score(logits, labels)
     hits = logits.argmax(1) == labels
     top5 = (logits.topk(min(5, len(classes))).indices == labels[:, None]).any(1)
-    count, right = (
-        torch.bincount(which, minlength=len(classes)) for which in (labels, labels[hits])
-    )
+    count = torch.bincount(labels, minlength=len(classes)).tolist()
+    right = torch.bincount(labels[hits], minlength=len(classes)).tolist()
     each = [
         {"name": name, "images": n, "accuracy": 100 * r / n if n else None}
-        for name, n, r in zip(classes, count.tolist(), right.tolist(), strict=True)
+        for name, n, r in zip(classes, count, right, strict=True)
     ]
     present = [entry["accuracy"] for entry in each if entry["images"]]
     low, high = wilson(int(hits.sum()), len(labels))
@@ -216,8 +207,8 @@ def log_test(writer: SummaryWriter, step: int, result: dict, logits, store, path
     matrix = matrix.view(len(classes), -1)  # (true, predicted)
     writer.add_image("confusion_matrix", confusion_picture(matrix, classes), step)
 
-    order = losses.argsort(descending=True)
-    worst = order[(predicted != labels)[order]][:32]
+    order, wrong = losses.argsort(descending=True), predicted != labels
+    worst = order[wrong[order]][:32]
     if len(worst):
         images, _ = store.batch(rows[worst].to(store.pixels.device), torch.device("cpu"))
         captions = [
@@ -226,20 +217,15 @@ def log_test(writer: SummaryWriter, step: int, result: dict, logits, store, path
             for i in worst.tolist()
         ]
         writer.add_image("worst_mistakes", captioned_grid(images, captions), step)
-    counts, pairs = matrix.fill_diagonal_(0).flatten().sort(descending=True, stable=True)
-    confused = [
-        [classes[pair // len(classes)], classes[pair % len(classes)], count]
-        for pair, count in zip(pairs[:20].tolist(), counts[:20].tolist(), strict=True)
-        if count
-    ]
+    mistakes = sorted(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True))
+    confused = [[classes[t], classes[p], n] for (t, p), n in Counter(mistakes).most_common(20)]
     writer.add_text("most_confused", train.table(["true", "predicted", "images"], confused), step)
-    ranked = sorted((c["accuracy"], i) for i, c in enumerate(result["classes"]) if c["images"])
-    each = [
-        [classes[i], result["classes"][i]["images"], f"{accuracy:.1f}"] for accuracy, i in ranked
-    ]
+    found = enumerate(result["classes"])
+    ranked = sorted((c["accuracy"], i, c["images"]) for i, c in found if c["images"])
+    each = [[classes[i], images, f"{accuracy:.1f}"] for accuracy, i, images in ranked]
     header = ["class, worst first", "images", "accuracy, %"]
     writer.add_text("classes", train.table(header, each), step)
-    for _, label in ranked[:5]:
+    for _, label, _ in ranked[:5]:
         tag = f"precision_recall/{classes[label]}"
         writer.add_pr_curve(tag, labels == label, logits.softmax(1)[:, label], step)
 
@@ -252,12 +238,12 @@ def write(args: argparse.Namespace, results: object, rows: list[list]) -> None:
     if args.json == "-":
         print(json.dumps(results, indent=2))
     elif args.json:
-        with complete_file(Path(args.json), "w") as file:
+        with data.complete_file(Path(args.json), "w") as file:
             json.dump(results, file, indent=2)
         print(f"results written to {args.json}", file=sys.stderr)
     if args.predictions:
         options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-        with complete_file(Path(args.predictions), "w", **options) as file:
+        with data.complete_file(Path(args.predictions), "w", **options) as file:
             csv.writer(file).writerows([COLUMNS, *rows])
         print(f"predictions written to {args.predictions}", file=sys.stderr)
 
@@ -277,17 +263,15 @@ def load_network(path: str, stride: int) -> tuple[AlexNet, dict]:
 
 
 @torch.inference_mode()
-def predict(
-    args: argparse.Namespace, network: AlexNet, checkpoint: dict, compute: train.Compute
-) -> bool:
+def predict(args, network: AlexNet, checkpoint: dict, compute: train.Compute) -> bool:
     """Print the five likeliest classes of each of `--images`; return whether all can be read."""
     count = network.classifier[-1].out_features
     classes = checkpoint.get("classes", [f"class {label}" for label in range(count)])
     files, answers, rows = [], [], []
     for path in map(Path, args.images):
-        files += (path.is_dir() and sorted(images_in(path))) or [path]
+        files += (path.is_dir() and sorted(data.images_in(path))) or [path]
     for file in files:
-        pixels, error = try_decode(file)
+        pixels, error = data.try_decode(file)
         if isinstance(error, str):  # else the file's checksum
             error = "no images in this folder" if file.is_dir() else error
             print(f"test.py: {file}: {error}", file=sys.stderr)
@@ -295,7 +279,7 @@ def predict(
             continue
         images = pixels.permute(2, 0, 1)[None].to(compute.device)
         with compute.autocast():
-            logits = network(to_inputs(images, checkpoint["args"]["test_size"]))
+            logits = network(data.to_inputs(images, checkpoint["args"]["test_size"]))
         likely = logits[0].float().softmax(0).topk(min(5, count))
         guesses = [
             {"class": classes[label], "probability": probability}
@@ -409,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with compute.first_on_machine():
         store = open_store(args, checkpoint, network.classifier[-1].out_features)
-    manifest = checkpoint.get("split") or split(store, args.seed)
+    manifest = checkpoint.get("split") or data.split(store, args.seed)
     paths, size = manifest[args.split], checkpoint["args"]["test_size"]
     rows = store.rows(paths)
     labels = store.labels[rows]

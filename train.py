@@ -84,8 +84,9 @@ class TrainingError(Exception):
 
 
 def process_rank() -> int:
-    """Return the number of this process among all."""
-    return int(os.environ.get("RANK") or 0)
+    """Return the number of this process among all; `set_up` refuses what is none."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def let_process_0_speak() -> None:
@@ -141,11 +142,6 @@ def matching(pattern: str, meaning: str):
     return check
 
 
-def utf8(text: str) -> str:
-    """Refuse bytes that are no text, which the log cannot hold, for argparse's `type`."""
-    return text.encode().decode()
-
-
 def train_sizes(text: str) -> str:
     """Check --train-size, for argparse's `type`."""
     sizes = [int(size) for size in text.split("-")] if re.fullmatch(r"\d+(-\d+)?", text) else [0]
@@ -154,7 +150,9 @@ def train_sizes(text: str) -> str:
     return text
 
 
-DEVICE = matching(r"auto|cpu|mps|cuda(:\d{1,2})?", "one of auto, cpu, mps, cuda, cuda:N")
+DEVICE = matching(r"auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?", "one of auto, cpu, mps, cuda, cuda:N")
+FOLDER = matching(r"(?s).+", "a folder")
+PATH = matching(r"(?s)[^\ud800-\udfff]+", "a path in UTF-8")  # the log holds nothing else
 
 
 def get_parser(**options) -> Parser:
@@ -181,16 +179,17 @@ def get_parser(**options) -> Parser:
     add("--test-size", type=number(int, 64, data.SIZE), help="pixels a side in validation and "
         "test; default: the largest --train-size, up to an eighth more with crops")  # fmt: skip
     add("--ema", type=number(float, 0, 0.99999), help="decay of averaged weights; 0: no averaging")
-    add("--init", type=utf8, help="initial weights: default (PyTorch's), he (He's), whiten (he, "
+    add("--init", type=PATH, help="initial weights: default (PyTorch's), he (He's), whiten (he, "
         "and whitening filters in the first layer), or FILE with weights of AlexNet")  # fmt: skip
     add("--stride", type=int, choices=[2, 4], default=2, help="of the first layer; torchvision: 4")
     add("--dropout", type=number(float, 0, 0.99), help="of the inputs of two linear layers")
     add("--seed", type=number(int, 0, 2**32), default=0, help="of the split and all else random")
 
     add = parser.add_argument_group("data and machine").add_argument
-    add("--data", default=data.DEFAULT_DATA, help="folder of class folders, or of train, val and "
-        "test with such; 'sample': generated images; data: Caltech101 is downloaded")  # fmt: skip
-    add("--cache", type=utf8, default=data.DEFAULT_CACHE, help="folder for decoded images")
+    add("--data", type=FOLDER, default=data.DEFAULT_DATA, help="folder of class folders, or of "
+        "train, val and test with such; 'sample': generated images; data: Caltech101 is "
+        "downloaded")  # fmt: skip
+    add("--cache", type=PATH, default=data.DEFAULT_CACHE, help="folder for decoded images")
     add("--skip-bad-images", action="store_true", help="continue without unreadable images")
     add("--device", type=DEVICE, default="auto", help="cpu, mps, cuda, cuda:N; auto: the best")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: what is fast on the device; "
@@ -201,7 +200,7 @@ def get_parser(**options) -> Parser:
     add("--name", type=name, help="of the log folder (else date and time) and of NAME.pth")
     add("--ckpt", help="file of the best weights; default: NAME.pth, or alexnet.pth without --name")
     add("--resume", action="store_true", help="continue the run of --ckpt from its NAME.last.pth")
-    add("--logdir", type=utf8, default="runs", help="folder of the runs, for TensorBoard")
+    add("--logdir", type=PATH, default="runs", help="folder of the runs, for TensorBoard")
     return parser
 
 
@@ -341,6 +340,9 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
     Raises:
         TrainingError: the device or a variable is missing.
     """
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_LOCALID"):
+        if (value := os.environ.get(name)) and not value.isdecimal():
+            raise TrainingError(f"{name} is {value!r}, but must be a number")
     rank, world_size = process_rank(), int(os.environ.get("WORLD_SIZE") or 1)
     local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
     if rank >= world_size:
@@ -351,12 +353,11 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
     if world_size > 1 and device not in ("cpu", "cuda"):
         raise TrainingError(f"--device {device} for {world_size} processes; give cpu or cuda")
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-    if chosen.type == "cuda" and chosen.index >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise TrainingError(f"--device {device}: PyTorch sees {count} CUDA GPUs; try --device cpu")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise TrainingError("--device mps: no such device here; try --device cpu")
     if chosen.type == "cuda":
+        if chosen.index >= (n := torch.cuda.device_count()):
+            raise TrainingError(f"--device {device}: PyTorch sees {n} CUDA GPUs; try --device cpu")
         torch.cuda.set_device(chosen)
     torch.set_float32_matmul_precision("high")  # on NVIDIA GPUs, fp32 is TF32
     torch.backends.cudnn.benchmark = not deterministic
@@ -713,9 +714,8 @@ class Trainer:
         if self.averaged:
             taken = self.epoch * self.steps + self.step
             decay = min(args.ema, (1 + taken) / (10 + taken))  # warms up like timm's ModelEmaV3
-            get_ema_multi_avg_fn(decay)(
-                list(self.averaged.parameters()), list(self.network.parameters()), None
-            )
+            ours, theirs = (list(n.parameters()) for n in (self.averaged, self.network))
+            get_ema_multi_avg_fn(decay)(ours, theirs, None)
         self.sums += sums.detach()  # all outputs of a graph require a gradient
         self.step += 1
 
@@ -726,16 +726,11 @@ class Trainer:
             train, valid: mean loss and accuracy in percent.
             seconds: the time since the last row.
         """
-        row = {
-            "train_loss": train[0],
-            "train_accuracy": train[1],
-            "valid_loss": valid[0],
-            "valid_accuracy": valid[1],
-            "images_per_second": len(self.rows) * self.args.repeats / self.seconds,
-            "seconds": seconds,
-        }
+        names = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
+        names += ("images_per_second", "seconds")
+        speed = len(self.rows) * self.args.repeats / self.seconds
         # event files hold float32: so all outputs agree to the last digit
-        row = {name: torch.tensor(value).item() for name, value in row.items()}
+        row = dict(zip(names, torch.tensor([*train, *valid, speed, seconds]).tolist(), strict=True))
         rate = self.optimizer.param_groups[0]["lr"]
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.sums.zero_()
@@ -929,10 +924,11 @@ def printable(value: object) -> str:
 
 def new_run_folder(wanted: str, resumed: bool) -> Path:
     """Make the folder of a run and return it; a second run of one name gets `-2` behind it."""
+    Path(wanted).parent.mkdir(parents=True, exist_ok=True)  # raises for a broken link
     for attempt in itertools.count(1):
         folder = Path(wanted if attempt == 1 else f"{wanted}-{attempt}")
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True, exist_ok=resumed)
+            folder.mkdir(exist_ok=resumed)
             return folder
 
 
@@ -996,10 +992,8 @@ class Checkpoints:
         self.earlier = bool(files and not checkpoint)
         present = sum(file.stat().st_size for file in files)
         needed = max(size + 2 * state - present, state)  # a new state is beside the old
-        if (
-            trainer.compute.rank == 0
-            and shutil.disk_usage(os.path.dirname(os.path.realpath(ckpt))).free < needed
-        ):
+        folder = os.path.dirname(os.path.realpath(ckpt))
+        if trainer.compute.rank == 0 and shutil.disk_usage(folder).free < needed:
             raise CheckpointError(
                 f"{ckpt}: checkpoints need {needed / 1e6:.0f} MB there; free some space or give "
                 "another --ckpt"
@@ -1277,26 +1271,21 @@ def run_command(main) -> None:
     except (RuntimeError, MemoryError) as error:
         message = f"error: {explain(error)}"
     let_process_0_speak()
-    let_gloo_finish()
+    leave_group(destroy=False)
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
-def leave_group() -> None:
-    """Leave the other processes, where there are any."""
-    let_gloo_finish()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave_group(destroy: bool = True) -> None:
+    """Leave the other processes, where there are any, once gloo's threads have freed our tensors.
 
-
-def let_gloo_finish() -> None:
-    """Let gloo's threads free our tensors before the group is destroyed.
-
-    They need the GIL for that, and the destructor waits for them while it holds the GIL. Nothing
-    tells when they are done; it takes them far less than this.
+    They need the GIL for that, and the group's destructor waits for them while it holds the GIL.
+    Nothing tells when they are done; it takes them far less than this.
     """
     if dist.is_initialized():
         time.sleep(0.5)
+        if destroy:
+            dist.destroy_process_group()
 
 
 def explain(error: Exception) -> str:

@@ -67,6 +67,7 @@ def refuse(program: str, *argv, folder: Path, status: int = 1) -> str:
         ("--name ..", 2, "--name"),
         ("--device tpu", 2, "--device"),
         ("--device cuda:1000", 2, "--device"),
+        ("--device cuda:01", 2, "--device"),
         ("--augment wrong", 2, "--augment"),
         ("--train-size 1000", 2, "--train-size"),
         ("--train-size 80-", 2, "--train-size"),
@@ -81,6 +82,10 @@ def refuse(program: str, *argv, folder: Path, status: int = 1) -> str:
         ("--ckpt .", 2, "--ckpt"),
         ("--ckpt=", 2, "--ckpt"),
         ("--ckpt new/", 2, "--ckpt"),
+        ("--data=", 2, "--data"),
+        ("--cache=", 2, "--cache"),
+        ("--logdir=", 2, "--logdir"),
+        ("--logdir gone", 1, "gone"),
         ("--cache c\udcff", 2, "--cache"),
         ("--name n\udcff", 2, "--name"),
         ("--ckpt file.txt/alexnet.pth", 1, "file.txt"),
@@ -90,6 +95,7 @@ def refuse(program: str, *argv, folder: Path, status: int = 1) -> str:
 def test_a_bad_argument_is_refused(flags, photos, tmp_path, argument, status, words):
     (tmp_path / "file.txt").write_text("text")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "gone").symlink_to("a drive that is not there")
     images = sorted(photos.rglob("*.jpg"))
     for folder, count in (("one_class/a", 12), ("few/a", 2), ("few/b", 2)):
         (tmp_path / folder).mkdir(parents=True)

@@ -231,10 +231,18 @@ def test_a_missing_variable_is_one_line(odd_flags, tmp_path):
     assert "MASTER_ADDR" in failed.stderr
 
 
-def test_a_rank_alone_is_one_line(odd_flags, tmp_path):
-    before = partial(join, {"RANK": "1"}, None)
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("RANK", "1", "RANK is 1, but must be below WORLD_SIZE, which is 1"),
+        ("RANK", "one", "RANK is 'one', but must be a number"),
+        ("WORLD_SIZE", "-2", "WORLD_SIZE is '-2', but must be a number"),
+    ],
+)
+def test_a_wrong_variable_is_one_line(odd_flags, tmp_path, variable, value, words):
+    before = partial(join, {variable: value}, None)
     failed = run("train", *odd_flags, folder=tmp_path, before=before, status=1)
-    assert "RANK is 1, but must be below WORLD_SIZE, which is 1" in one_line(failed)
+    assert words in one_line(failed)
 
 
 @thorough

@@ -306,6 +306,7 @@ SOUND = {
     "gray16.png": (levels("u2"), DARK, {}),
     "gray16.tif": (levels(">u2"), DARK, {}),
     "gray32.tif": (levels("i4"), DARK, {}),
+    "gray16 cut out.png": (Image.new("I;16", (9, 9), 3000), CUT_OUT, {"transparency": 3000}),
 }  # fmt: skip
 if int(Image.__version__.split(".")[0]) < 13:  # they write this kind truncated
     del SOUND["ycbcr.tif"]
@@ -347,6 +348,16 @@ def test_exif_turns_an_image_upright(tmp_path, suffix, orientation):
     lying.save(tmp_path / f"a{suffix}", exif=tag)
     corner = data.decode(tmp_path / f"a{suffix}")[[30, 30, 190, 190], [30, 190, 30, 190], 0]
     assert corner.tolist() == pytest.approx([255, 0, 0, 0], abs=9)
+
+
+def test_gray_with_associated_alpha_is_cut_out(tmp_path):
+    content = io.BytesIO()
+    cut_out("LA").save(content, "TIFF")
+    alone, associated = (struct.pack("<HHIH", 338, 3, 1, kind) for kind in (2, 1))  # ExtraSamples
+    (tmp_path / "a.tif").write_bytes(content.getvalue().replace(alone, associated))
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.mode == "La"
+    assert data.decode(tmp_path / "a.tif")[[60, 164], 112].min() > 230
 
 
 def test_an_image_is_turned_although_another_exif_entry_is_damaged(tmp_path):
