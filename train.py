@@ -613,8 +613,9 @@ class Trainer:
         self.network = network.to(compute.device, memory_format=memory_format(compute.device))
         self.training_loss = TrainingLoss(self.network, adjustment, args.label_smoothing)
         if compute.world_size > 1:
-            options = {"gradient_as_bucket_view": True}
-            self.training_loss = DistributedDataParallel(self.training_loss, **options)
+            self.training_loss = DistributedDataParallel(
+                self.training_loss, gradient_as_bucket_view=True
+            )
         self.graphs = {}  # shape of inputs -> the loss, recorded for it
         cuda = compute.device.type == "cuda"  # torch.manual_seed seeds all kinds of devices, slowly
         self.manual_seed = torch.cuda.manual_seed if cuda else torch.manual_seed
