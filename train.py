@@ -62,7 +62,7 @@ RECIPES = {  # defaults of flags, for 30 epochs; `adapt` fits them to others
         dropout=0.5, init="default",
     ),
     "strong": dict(
-        lr=3e-4, schedule="cosine", warmup_epochs=2, weight_decay=1.0, label_smoothing=0.1,
+        lr=3e-4, schedule="constant", warmup_epochs=2, weight_decay=1.0, label_smoothing=0.1,
         logit_adjustment=1.0, augment="crop,color,gray,trivial", cutmix=0.5, repeats=2,
         train_size="80-128", ema=0.998, dropout=0.3, init="whiten",
     ),
@@ -360,7 +360,6 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
             raise TrainingError(f"--device {device}: PyTorch sees {n} CUDA GPUs; try --device cpu")
         torch.cuda.set_device(chosen)
     torch.set_float32_matmul_precision("high")  # on NVIDIA GPUs, fp32 is TF32
-    torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -686,8 +685,11 @@ class Trainer:
             loss = copy.copy(self.training_loss)
             # the graph keeps them; a batch itself is a slice, and would keep its neighbours too
             kept = tuple(tensor.clone() for tensor in batch)
+            # searching the fastest convolutions takes a second, too long for other shapes
+            torch.backends.cudnn.benchmark = not self.args.deterministic
             with self.compute.autocast():
                 self.graphs[shape] = torch.cuda.make_graphed_callables(loss, kept)
+            torch.backends.cudnn.benchmark = False
         return self.graphs[shape]
 
     def train_step(self, inputs: torch.Tensor, labels: torch.Tensor, images: int) -> None:

@@ -32,7 +32,7 @@ TAKEN_OUT = {
     "averaged weights": "--ema 0",
     "growing images": "--train-size 80",
     "warm-up": "--warmup-epochs 0",
-    "cosine schedule": "--schedule constant",
+    "constant learning rate": "--schedule cosine",
     "learning rate of 3e-4 instead of the report's 1e-4": "--lr 1e-4",
     "whitening filters": "--init he",
     "whitening filters and He's weights": "--init default",
