@@ -1,6 +1,7 @@
 """Fixtures: pictures drawn for the tests, and a small run on them."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import commands
 
 import data
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it, also for ours
 
 
 @pytest.fixture(scope="session")
