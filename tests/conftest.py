@@ -13,7 +13,9 @@ import commands
 
 import data
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it, also for ours
+for signum in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):  # Windows has no SIGHUP
+    if signal.getsignal(signum) is signal.SIG_IGN:  # behind a shell's & or nohup, and in children
+        signal.signal(signum, lambda *_: None)  # children begin with the default again
 
 
 @pytest.fixture(scope="session")
