@@ -442,13 +442,15 @@ def complete_file(path: Path, mode: str = "wb", **options):
 
 
 def remove_stale(target: Path) -> None:
-    """Remove the caches of images that have changed or are gone, and what killed processes left."""
+    """Remove caches of images that have changed or are gone, and what killed processes left."""
     key = "[0-9a-f]" * 16
     for file in target.parent.glob(f"{key}-{key}.*"):
         with contextlib.suppress(OSError, ValueError, KeyError):  # Windows keeps a mapped file
             if file.suffix == ".json":
                 changed = file.name[:16] == target.name[:16] and file.stem != target.name
-                if changed or not os.path.isdir(json.loads(file.read_bytes())["root"]):
+                gone = not os.path.isdir(json.loads(file.read_bytes())["root"])
+                month = time.time() - file.stat().st_mtime > 30 * 86_400
+                if changed or (gone and month):  # another machine may have the images
                     file.unlink()
                     file.with_suffix(".uint8").unlink()
             elif not file.with_suffix(".json").exists():

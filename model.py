@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import re
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -143,7 +144,14 @@ def save(checkpoint: dict, path: str | Path) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())  # a power cut must not leave the new name without content
-        os.replace(temporary, path)
+        for seconds in (1, 4, 0):  # on Windows, a program that reads the file keeps it from us
+            try:
+                os.replace(temporary, path)
+                break
+            except PermissionError:
+                if not seconds:
+                    raise
+                time.sleep(seconds)
     except (OSError, RuntimeError) as error:  # torch turns some OSErrors into RuntimeErrors
         reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
         raise CheckpointError(

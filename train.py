@@ -364,7 +364,8 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     if world_size > 1:
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        nccl = chosen.type == "cuda" and dist.is_nccl_available()  # Windows has none
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         try:
             store, _, _ = next(dist.rendezvous("env://"))
             if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine keeps its store
@@ -753,9 +754,10 @@ class Trainer:
         """Raise TrainingError if `loss` is not finite."""
         if not math.isfinite(loss):
             rate = self.optimizer.param_groups[0]["lr"]
+            fp32 = " or --precision fp32" if self.compute.dtype is torch.float16 else ""
             raise TrainingError(
                 f"the loss is not finite in epoch {self.epoch + 1}, step {self.step}, at a "
-                f"learning rate of {rate:g}; try a lower --lr"
+                f"learning rate of {rate:g}; try a lower --lr{fp32}"
             )
 
     def state_dict(self) -> dict:
@@ -784,6 +786,8 @@ class Trainer:
             averaged = {name.removeprefix("module."): t for name, t in state["averaged"].items()}
             averaged.pop("n_averaged", None)  # both are in checkpoints of version 1
             self.averaged.load_state_dict(averaged)
+        fused = self.optimizer.param_groups[0]["fused"]  # the state may be from another device
+        state["optimizer"]["param_groups"][0]["fused"] = fused
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self.optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):  # fused Adam needs the parameter's layout
@@ -891,7 +895,10 @@ class Log:
                 self.valid.add_scalar(f"best_{tag}", row[f"valid_{tag}"], step)
         self.train.flush()
         self.valid.flush()
-        with data.complete_file(self.folder / "history.csv", "w", newline="") as file:
+        with (
+            contextlib.suppress(PermissionError),  # on Windows, Excel may have it open
+            data.complete_file(self.folder / "history.csv", "w", newline="") as file,
+        ):
             rows = csv.DictWriter(file, row)
             rows.writeheader()
             rows.writerows(history)
@@ -1089,7 +1096,7 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
 
     Raises:
         DataError: see `open_data`.
-        TrainingError: the processes cannot share a batch equally.
+        TrainingError: the processes cannot share a batch equally, or start at different steps.
     """
     if args.batch_size % compute.world_size:
         raise TrainingError(f"--batch-size must be a multiple of {compute.world_size} processes")
@@ -1112,6 +1119,12 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
             print0(
                 f"{args.init} was trained on {known} of {len(others)} validation and test images"
             )
+    done = trainer.epoch * trainer.steps + trainer.step
+    if compute.max(done) > done:  # torchrun counts restarts on each machine by itself
+        raise TrainingError(
+            "other processes are further in this run; put --ckpt in a folder that all machines "
+            "share, and --resume"
+        )
     return trainer, {
         "classes": store.classes,
         "stride": args.stride,
@@ -1285,7 +1298,7 @@ def leave_group(destroy: bool = True) -> None:
     They need the GIL for that, and the group's destructor waits for them while it holds the GIL.
     Nothing tells when they are done; it takes them far less than this.
     """
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         time.sleep(0.5)
         if destroy:
             dist.destroy_process_group()
@@ -1296,8 +1309,11 @@ def explain(error: Exception) -> str:
     memory = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     if isinstance(error, MemoryError) or any(words in str(error) for words in memory):
         return "out of memory; try half the --batch-size, a smaller --train-size or --device cpu"
-    if isinstance(error, dist.DistError) or "gloo" in str(error):
-        return "another process was lost; its own message, or the launcher's, says why"
+    if dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        cause = str(error).partition("Exception raised from")[0]  # a stack of C++ follows
+        return f"another process was lost, or is out of reach; its own message may say why: {cause}"
+    if "no kernel image" in str(error):
+        return "this PyTorch is not built for this GPU; install one that is, or give --device cpu"
     raise error
 
 

@@ -26,6 +26,14 @@ if fast:
     context.set_forkserver_preload(["train", "test", "commands"])
 
 
+def use_the_cpu() -> None:
+    """Let `--device auto` be the CPU, whatever this machine has."""
+    import train
+
+    set_up = train.set_up
+    train.set_up = lambda device, *more: set_up("cpu" if device == "auto" else device, *more)
+
+
 def _child(program: str, argv: list[str], folder: str, before) -> None:
     os.chdir(folder)
     for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
@@ -36,6 +44,7 @@ def _child(program: str, argv: list[str], folder: str, before) -> None:
     import train
 
     model.HIDDEN = 64
+    use_the_cpu()
     if before:
         before()
     sys.argv = [f"{program}.py", *argv]

@@ -17,6 +17,7 @@ import train
 
 if __name__ == "__main__":
     model.HIDDEN = 64
+    commands.use_the_cpu()
     program = sys.argv.pop(1)
     sys.argv[0] = f"{program}.py"
     if "KILL" in os.environ:

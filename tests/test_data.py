@@ -8,6 +8,7 @@ import os
 import shutil
 import tarfile
 import threading
+import time
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -293,14 +294,17 @@ def test_caches_of_folders_that_are_gone_and_leftovers_are_removed(album):
     ):  # also older versions'
         (cache / name).write_bytes(b"")
         os.utime(cache / name, (1e9, 1e9))
-    others = [shutil.copytree(album, album.parent / name) for name in ("kept", "gone")]
-    for other in others:
-        data.ImageStore(str(other), cache)
-    shutil.rmtree(others[1])
-    data.ImageStore(str(album), cache)
-    roots = {json.loads(file.read_bytes())["root"] for file in cache.glob("*.json")}
-    assert roots == {str(others[0].resolve()), str(album.resolve())}
-    assert len(list(cache.iterdir())) == 4
+    kept, gone, more = (shutil.copytree(album, album.parent / name) for name in ("a", "b", "c"))
+    for folder in (kept, gone):
+        data.ImageStore(str(folder), cache)
+    shutil.rmtree(gone)
+    for folder, expected in ((album, {kept, gone, album}), (more, {kept, album, more})):
+        data.ImageStore(str(folder), cache)
+        roots = {json.loads(file.read_bytes())["root"] for file in cache.glob("*.json")}
+        assert roots == {str(root.resolve()) for root in expected}
+        assert len(list(cache.iterdir())) == 6
+        for file in cache.iterdir():  # for a month, another machine may have the images
+            os.utime(file, (time.time() - 31 * 86_400,) * 2)
 
 
 def test_a_new_version_of_the_decoding_makes_the_cache_anew(album, monkeypatch):

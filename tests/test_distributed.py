@@ -207,7 +207,28 @@ def test_a_restart_that_cannot_know_its_launch_does_not_begin_anew(trained, monk
     assert train.parse(["--ckpt", "alexnet.pth"])[1] is None
 
 
+def test_processes_at_different_steps_do_not_train_together(odd_flags, unbroken, tmp_path):
+    launch = {"folder": tmp_path, "TORCHELASTIC_RUN_ID": "this launch"}
+    earlier = model.load(unbroken / "alexnet.last.pth")
+    model.save({**earlier, "job": "this launch"}, tmp_path / "alexnet.last.pth")
+    restarted = partial(join, {"TORCHELASTIC_RESTART_COUNT": "1"}, None)  # on one machine alone
+    argv = [*odd_flags, "--epochs", 3]
+    _, second = pair("train", *argv, before=(restarted, None), status=(1, 1), **launch)
+    assert "other processes are further in this run" in one_line(second)
+    assert model.load(tmp_path / "alexnet.last.pth")["epoch"] == earlier["epoch"]
+
+
 # ------------------------------------------------------------------------------------------ errors
+
+
+def test_pytorch_may_be_built_without_distributed(monkeypatch):
+    monkeypatch.setattr(train.dist, "is_available", lambda: False)
+    for name in ("is_initialized", "DistError"):
+        monkeypatch.delattr(train.dist, name)
+    train.leave_group()
+    with pytest.raises(RuntimeError, match="about gloo"):
+        train.explain(RuntimeError("about gloo"))
+    assert "not built for this GPU" in train.explain(RuntimeError("CUDA error: no kernel image"))
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,18 @@ def kill_at_event(number: int) -> None:
     os.fsync, os.replace, torch.save = map(tick, (os.fsync, os.replace, torch.save))
 
 
+def read_by_another(name: str) -> None:
+    """Let the first attempt to replace that file fail, as on Windows while a program reads it."""
+    replace, count = os.replace, itertools.count(1)
+
+    def eventful(source, target):
+        if str(target).endswith(name) and next(count) == 1:
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    os.replace = eventful
+
+
 def kill_between_the_files(save: int, accuracies: list[float]) -> None:
     """Die in a save of that number, when the best file is written and the last file is not."""
     save_each_epoch()
@@ -671,3 +683,13 @@ def test_a_killed_decoding_leaves_no_wrong_images(flags, trained, cache, tmp_pat
     run("train", *argv, folder=tmp_path)
     (pixels,) = fresh.glob("*.uint8")
     assert filecmp.cmp(pixels, cache / pixels.name, shallow=False)
+
+
+@pytest.mark.parametrize("name", ["alexnet.pth", "history.csv"])
+def test_a_file_that_another_program_reads_ends_no_run(flags, tmp_path, name):
+    run("train", *flags, "--epochs", 2, folder=tmp_path, before=partial(read_by_another, name))
+    assert model.load(tmp_path / "alexnet.last.pth")["epoch"] == 2
+    assert model.load(tmp_path / "alexnet.pth")["epoch"] in (1, 2)
+    (table,) = tmp_path.glob("runs/*/history.csv")
+    assert len(table.read_text().splitlines()) == 3
+    assert not leftovers(tmp_path)

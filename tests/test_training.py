@@ -82,6 +82,22 @@ def batch(trainer: train.Trainer, images: int = 8) -> tuple[torch.Tensor, torch.
     return trainer.inputs(rows[:images], {name: c[:images] for name, c in changes.items()})
 
 
+def test_a_run_is_resumed_on_a_device_of_another_kind(flags, monkeypatch):
+    monkeypatch.setattr(model, "HIDDEN", 16)
+    args, _ = train.parse(flags)
+    fp16 = train.Compute(torch.device("cpu"), torch.float16)
+    first, second = (train.build_trainer(args, None, fp16)[0] for _ in range(2))
+    first.train_step(*batch(first), 8)
+    state = copy.deepcopy(first.state_dict())
+    state["optimizer"]["param_groups"][0]["fused"] = False  # as on a device without such kernels
+    second.load_state_dict(state)
+    for trainer in (first, second):
+        trainer.train_step(*batch(trainer), 8)
+    assert equal(first.network.state_dict(), second.network.state_dict())
+    with pytest.raises(train.TrainingError, match="--lr or --precision fp32"):
+        second.check_finite(float("nan"))
+
+
 # -------------------------------------------------------------------------- cases worked by hand
 
 
