@@ -449,8 +449,8 @@ def remove_stale(target: Path) -> None:
             if file.suffix == ".json":
                 changed = file.name[:16] == target.name[:16] and file.stem != target.name
                 gone = not os.path.isdir(json.loads(file.read_bytes())["root"])
-                month = time.time() - file.stat().st_mtime > 30 * 86_400
-                if changed or (gone and month):  # another machine may have the images
+                old = time.time() - file.stat().st_mtime > 30 * 86_400
+                if changed or (gone and old):  # for a month: another machine may have the images
                     file.unlink()
                     file.with_suffix(".uint8").unlink()
             elif not file.with_suffix(".json").exists():
