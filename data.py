@@ -22,6 +22,7 @@ import mmap
 import os
 import random
 import re
+import sys
 import tempfile
 import time
 import uuid
@@ -67,7 +68,7 @@ SUFFIXES = {  # of files that Pillow decodes without other programs
 Image.MAX_IMAGE_PIXELS = 128_000_000  # Pillow refuses twice as many; here that is 1 GB as RGBA
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**27  # editors write megabytes
 warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata, without the file's name
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # errors are named by us, with the file
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # our own errors name the file
 
 
 class DataError(Exception):
@@ -85,8 +86,8 @@ def visible(names: Iterable[str]) -> list[str]:
 def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """Yield a folder and those in it, however deep, each with the names of its visible files.
 
-    Links are followed, but not back to a folder above. Within a class folder, which lies directly
-    in `folder`, no folder comes twice, however many links lead to it.
+    Links are followed, except to a folder above. Within a class folder, which lies directly in
+    `folder`, each real folder is visited once, however many links lead to it.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -136,12 +137,10 @@ def locate(data: str, cache: str) -> Path:
         return draw_sample(Path(cache) / "sample")
     folder = Path(data)
     for place in (*folder.glob("101_ObjectCategories"), *folder.glob("caltech*101/101_*"), folder):
-        if place.is_dir():
-            names = class_folders(place)
-            while len(names) == 1 and (inner := class_folders(place / names[0])):
-                place, names = place / names[0], inner
-            if names:
+        while place.is_dir() and (names := class_folders(place)):
+            if len(names) > 1 or not class_folders(place / names[0]):
                 return place
+            place /= names[0]
     if folder.resolve() == Path(DEFAULT_DATA).resolve():
         return download(folder)
     problem = "no such folder"
@@ -159,9 +158,13 @@ def download(folder: Path) -> Path:
         DataError: it cannot be downloaded or written.
     """
     final = folder / "caltech101" / "101_ObjectCategories"
-    print(f"downloading Caltech101, by Li, Andreeto, Ranzato, Perona, CC BY 4.0, to {folder}")
     try:
-        with complete_folder(final) as new, warnings.catch_warnings():
+        with (
+            complete_folder(final) as new,
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(sys.stderr),  # older versions of torchvision print
+        ):
+            print(f"downloading Caltech101 by Li, Andreeto, Ranzato, Perona, CC BY 4.0 to {folder}")
             warnings.simplefilter("ignore")  # Python 3.12 and later warn of how archives are read
             download_and_extract_archive(CALTECH101_URL, new.parent, md5=CALTECH101_MD5)
             archive = new.parent / "caltech-101" / f"{new.name}.tar.gz"
@@ -195,7 +198,7 @@ def complete_folder(path: Path):
 def part_of(name: str) -> str | None:
     """Return train, valid or test if a folder's name, such as `seg_train` or `ValSet`, says so."""
     words = re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
-    # the last word first: a test_train is a train
+    # the last word decides: a test_train is a train
     found = (part for word in reversed(words) for part in PARTS if re.fullmatch(PARTS[part], word))
     return next(found, None)
 
@@ -209,9 +212,10 @@ def class_in_part(path: str) -> str | None:
 
 
 def classify(paths: list[str]) -> dict[str, tuple[str, str | None]]:
-    """Return path -> (class, part) by the names of folders; without a part if there are none.
+    """Return path -> (class, part), read from the names of folders.
 
-    What lies in no part or in no class folder of a data set that is split already is left out.
+    The part is None in a data set that is not split yet. In one that is, images outside of its
+    parts or class folders are left out.
 
     Raises:
         DataError: there are parts alone, but train is missing or has no class folders.
@@ -248,16 +252,14 @@ def find_images(root: Path) -> tuple[dict[str, tuple[str, str | None]], list[str
     paths, empty, others = [], set(), Counter()
     for place, files in walk(root):
         folder = place.relative_to(root)
-        images = list(filter(is_image, files))
         rest = [name for name in files if not is_image(name)]
         suspects = (name for name in rest if place == root or "." not in name)
         # broken links: perhaps to folders on a drive that is not there
         empty.update(folder / name for name in suspects if not (place / name).exists())
         if place != root:
-            paths += [(folder / name).as_posix() for name in images]
+            empty.add(folder)  # unless an image is found in it
+            paths += [(folder / name).as_posix() for name in files if is_image(name)]
             others.update(os.path.splitext(n)[1].lower() or "without suffix" for n in rest)
-            if not images:
-                empty.add(folder)
     images, notes = classify(sorted(paths)), []
     if empty := empty - {parent for path in paths for parent in Path(path).parents}:
         notes.append(f"folders without images: {shortened(sorted(map(Path.as_posix, empty)))}")
@@ -359,7 +361,7 @@ def decode(file: str | Path | io.BytesIO) -> torch.Tensor:
     with Image.open(file) as image:
         image.draft("RGB", (SIZE, SIZE))  # the JPEG decoder may drop detail of a far larger image
         image.load()  # damaged pixels raise here
-        with contextlib.suppress(Exception):  # it turns the image before it meets damaged EXIF
+        with contextlib.suppress(Exception):  # it turns the image first, then may fail on the rest
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "La":  # Pillow converts it to LA alone
             image = image.convert("LA")
@@ -404,7 +406,7 @@ def build_cache(root: Path, paths: list[str], target: Path) -> list[int | str]:
     with (
         complete_file(target.with_suffix(".uint8")) as out,
         tqdm(total=len(paths), desc="decoding once", unit=" images", disable=None) as progress,
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # beyond, they wait for the GIL
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # more would wait for the GIL
     ):
         for start in range(0, len(paths), 256):  # bounds what waits in memory
             chunk = [root / path for path in paths[start : start + 256]]
@@ -515,9 +517,9 @@ class ImageStore:
         self.paths = list(self._row)
 
     def stamp(self, path: str) -> tuple:
-        """Return what tells one state of a file from another, without opening it.
+        """Return what differs once a file has changed: its size and times. It is not opened.
 
-        A file that is moved here keeps its old time of modification and gets a new one of change.
+        A file that is moved here keeps its time of modification; its ctime is new.
         """
         with contextlib.suppress(OSError):
             status = os.stat(self.root / path)
@@ -588,11 +590,10 @@ class ImageStore:
             rows: int64 (B,), on the device of `pixels`.
         """
         images, labels = self.pixels.index_select(0, rows), self.labels.index_select(0, rows)
-        if images.device != device:
-            cuda = device.type == "cuda"  # from pinned memory, a copy does not make the CPU wait
-            if cuda:
-                images, labels = images.pin_memory(), labels.pin_memory()
-            images, labels = (t.to(device, non_blocking=cuda) for t in (images, labels))
+        cuda = device.type == "cuda"
+        if cuda and not images.is_cuda:  # from pinned memory, a copy does not make the CPU wait
+            images, labels = images.pin_memory(), labels.pin_memory()
+        images, labels = (t.to(device, non_blocking=cuda) for t in (images, labels))
         return images.permute(0, 3, 1, 2), labels
 
 
@@ -681,13 +682,13 @@ def to_inputs(
         changes: what augmentation does to each image, as `find_changes` returns it.
     """
     changes = changes or {}
-    if not len(images):  # a process may get none of the last batch, and CUDA cannot resize none
+    if not len(images):  # a process's share of the last batch; CUDA cannot resize an empty tensor
         return torch.empty(0, 3, size, size, device=images.device)
     warped = "matrix" in changes
     # warping reads 2 x 2 pixels, so images much larger than the result would alias
     side = min(int(1.5 * size), images.shape[-1]) if warped else size
     if side != images.shape[-1]:
-        if images.device.type != "cpu":  # only the CPU resizes bytes, and faster
+        if images.device.type != "cpu":  # the CPU resizes uint8, which is faster
             images = images.float()
         images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
     pixels = images.float().div_(255)
@@ -721,13 +722,13 @@ def find_changes(uniforms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     uniform strength.
 
     Returns:
-        Those that the augmentations need of "matrix" (B, 2, 3), for `F.affine_grid`; "factors"
-        (B, 3), for `jitter`; and "gray" (B, 1), bool.
+        A dict of what the augmentations need: "matrix" (B, 2, 3), for `F.affine_grid`; "factors"
+        (B, 3), for `jitter`; "gray" (B, 1), bool.
     """
     if not uniforms:
         return {}
     one = torch.ones_like(next(iter(uniforms.values()))[:, 0])
-    values = {"width": one, "height": one, "mirror": one, **dict.fromkeys(OPERATIONS, 0 * one)}
+    values = {"width": one, "height": one, **dict.fromkeys(OPERATIONS, 0 * one)}
     if "crop" in uniforms:
         area, ratio, x, y = uniforms["crop"].unbind(1)
         area = CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * area
@@ -737,7 +738,7 @@ def find_changes(uniforms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         values["x"] = (1 - values["width"]) * (2 * x - 1)
         values["y"] = (1 - values["height"]) * (2 * y - 1)
     if "flip" in uniforms:
-        values["mirror"] = torch.where(uniforms["flip"][:, 0] < 0.5, -one, one)
+        values["width"] = values["width"] * torch.where(uniforms["flip"][:, 0] < 0.5, -1, 1)
     if "color" in uniforms:
         factors = COLOR * (2 * uniforms["color"] - 1)
         values |= zip(("brightness", "contrast", "saturation"), factors.unbind(1), strict=True)
@@ -765,7 +766,7 @@ def matrices(values: dict[str, torch.Tensor]) -> torch.Tensor:
     the crop.
     """
     cos, sin = values["rotation"].cos(), values["rotation"].sin()
-    width, height = values["width"] * values["mirror"], values["height"]
+    width, height = values["width"], values["height"]
     across = [width * cos, height * (values["shear_x"] - sin), values["x"]]
     down = [width * (values["shear_y"] + sin), height * cos, values["y"]]
     return torch.stack(across + down, 1).view(-1, 2, 3)
@@ -783,7 +784,7 @@ def jitter(pixels: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 def cutmix(inputs: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, float]:
     """Replace a rectangle of each image by that of its partner (https://arxiv.org/abs/1905.04899).
 
-    The partner has the same place from the end of the batch; the rectangle is the same for all.
+    The partner of image i is image B - 1 - i; the rectangle is the same for all.
 
     Returns:
         The inputs, changed in place, and the share of each image that is still its own.

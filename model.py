@@ -76,7 +76,7 @@ class AlexNet(nn.Module):
         H and W are at least 35, or 63 with stride 4.
         """
         maps = self.features(images)
-        mps = maps.device.type == "mps"  # it pools only sizes that 6 divides; the maps are small
+        mps = maps.device.type == "mps"  # it needs sizes that 6 divides, so the CPU pools
         maps = self.avgpool(maps.cpu() if mps else maps).to(maps.device)  # (B, 256, 6, 6)
         return self.classifier(torch.flatten(maps, 1))
 
@@ -208,7 +208,7 @@ def find_state_dict(checkpoint: dict, path: str | Path) -> dict:
     attribute.
     """
     candidates = [checkpoint]
-    for candidate in candidates:  # grows by the dicts inside
+    for candidate in candidates:  # the list grows: dicts inside are appended
         inner = [value for value in candidate.values() if isinstance(value, dict)]
         candidates += [value for value in inner if all(value is not known for known in candidates)]
         plain = {

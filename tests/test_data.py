@@ -166,8 +166,11 @@ def count() -> int:
     return len(data.find_images(data.locate("data", ""))[0])
 
 
-def test_missing_default_folder_is_downloaded_once(archive, tmp_path):
+def test_missing_default_folder_is_downloaded_once(archive, tmp_path, capsys):
     assert count() == 80
+    printed = capsys.readouterr()
+    assert "CC BY 4.0" in printed.err
+    assert not printed.out  # it may be the JSON of test.py
     archive.unlink()
     assert count() == 80
     root = data.locate("data", "")
