@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 
 import data
 import train
@@ -155,40 +156,32 @@ def summary(result: dict, args: argparse.Namespace) -> str:
 def confusion_picture(matrix: torch.Tensor, classes: list[str]) -> torch.Tensor:
     """Draw a matrix of counts (true, predicted) as uint8 (3, H, W); rows are normalised."""
     cell = 24 if len(classes) <= 40 else max(1, min(10, 4000 // len(classes)))  # pixels
-    font = ImageFont.load_default(cell)
+    font, side = ImageFont.load_default(cell), cell * len(classes)
     margin = 12 + max(int(font.getlength(name)) for name in classes)
-    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    ink = (255 * (1 - shares.sqrt())).byte()  # the root makes a single mistake visible
-    cells = torch.stack([ink, ink, torch.full_like(ink, 255)], 2)  # white to blue
-    side = cell * len(classes)
-    picture = Image.new("RGB", (margin + side, side + margin), "white")
-    enlarged = Image.fromarray(cells.numpy()).resize((side, side), Image.Resampling.NEAREST)
-    picture.paste(enlarged, (margin, 0))
-    names = Image.new("RGB", (margin, side), "white")
+    names = Image.new("RGB", (margin, side + margin), "white")
     draw = ImageDraw.Draw(names)
     for index, name in enumerate(classes):
         draw.text((margin - 6, (index + 0.5) * cell), name, "black", font, anchor="rm")
-    picture.paste(names, (0, 0))
-    picture.paste(names.transpose(Image.Transpose.ROTATE_90), (margin, side))
-    draw = ImageDraw.Draw(picture)
-    for place in range(0, side + 1, 5 * cell):
-        draw.line([(0, place), (margin + side, place)], "#cccccc")
-        draw.line([(margin + place, 0), (margin + place, side + margin)], "#cccccc")
     draw.text((6, side + 6), "rows: true\ncolumns:\npredicted", "black", font)
-    return pil_to_tensor(picture)
+    left = pil_to_tensor(names)
+    below = left[:, :side].rot90(dims=(1, 2))  # the names again, read upwards
+    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    ink = (255 * (1 - shares.sqrt())).byte()  # the root makes a single mistake visible
+    cells = torch.stack([ink, ink, torch.full_like(ink, 255)])  # white to blue
+    cells = cells.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+    picture = torch.cat([left, torch.cat([cells, below], 1)], 2)
+    picture[:, : side + 1 : 5 * cell] = 204  # grey lines
+    picture[:, :, margin :: 5 * cell] = 204
+    return picture
 
 
-def captioned_grid(images: torch.Tensor, captions: list[str], columns: int = 8) -> torch.Tensor:
+def captioned_grid(images: torch.Tensor, captions: list[str]) -> torch.Tensor:
     """Lay out images, uint8 (N, 3, S, S), over their captions, as uint8 (3, H, W)."""
-    size, text = images.shape[-1], 58
-    rows = math.ceil(len(images) / columns)
-    picture = Image.new("RGB", (columns * (size + 6), rows * (size + text)), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = index % columns * (size + 6), index // columns * (size + text)
-        picture.paste(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), (x, y))
-        draw.text((x + 2, y + size + 2), caption, "black", font)
-    return pil_to_tensor(picture)
+    size, font = images.shape[-1], ImageFont.load_default(14)
+    tiles = [to_pil_image(image) for image in F.pad(images, (0, 6, 0, 58), value=255)]
+    for tile, caption in zip(tiles, captions, strict=True):
+        ImageDraw.Draw(tile).text((2, size + 2), caption, "black", font)
+    return make_grid([pil_to_tensor(tile) for tile in tiles], padding=0, pad_value=255)
 
 
 def log_test(writer: SummaryWriter, step: int, result: dict, logits, store, paths, losses) -> None:

@@ -40,6 +40,8 @@ def test_metrics_of_a_case_worked_by_hand():
     assert [entry["accuracy"] for entry in result["classes"]] == [100, 50, None]
     right, wrong = (-torch.log_softmax(torch.tensor([9.0, 0, 0]), 0)[:2]).tolist()
     assert result["loss"] == pytest.approx((3 * right + wrong) / 4, rel=1e-5)
+    logits = torch.arange(6.0).expand(6, 6)  # class 0 is the last of six
+    assert test.metrics(logits, torch.arange(6), list("abcdef"))["top5_accuracy"] < 100
 
 
 def test_calibration_error_of_a_case_worked_by_hand():
@@ -117,6 +119,47 @@ def test_versus_compares_on_the_same_images(tested):
     output = commands.run("test", "--versus", "copy.pth", "--json", folder=folder).stdout
     same = {"accuracy": result["accuracy"], "difference": 0, "p_value": 1}
     assert json.loads(output)["versus"] == same
+
+
+def answer(label: int, path) -> None:
+    """Let the checkpoint in `path` say `label` for every image."""
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"]["classifier.6.weight"].zero_()
+    checkpoint["state_dict"]["classifier.6.bias"].copy_(torch.eye(10)[label])
+    torch.save(checkpoint, path)
+
+
+def test_versus_is_positive_where_the_other_checkpoint_is_worse(tested, tmp_path):
+    _, result, folder = tested
+    tested_or_not = [bool(entry["images"]) for entry in result["classes"]]
+    for name, images in (("better.pth", True), ("worse.pth", False)):
+        shutil.copy(folder / "alexnet.pth", tmp_path / name)
+        answer(tested_or_not.index(images), tmp_path / name)
+    argv = ["--ckpt", "better.pth", "--versus", "worse.pth", "--json"]
+    found = json.loads(commands.run("test", *argv, folder=tmp_path).stdout)
+    assert found["versus"]["accuracy"] == 0
+    assert found["versus"]["difference"] == found["accuracy"] > 0
+
+
+def mistake_mirror_images():
+    evaluate = train.evaluate
+
+    def evaluate_wrongly(*args, flip=False):
+        logits = evaluate(*args)
+        return logits + 1000 * torch.eye(10)[2] if flip else logits  # sure that it is a circle
+
+    train.evaluate = evaluate_wrongly
+
+
+def test_flip_tests_the_mean_over_each_image_and_its_mirror(tested):
+    _, result, folder = tested
+    argv = ["--flip", "--json", "flip.json", "--logdir", "other"]
+    commands.run("test", *argv, folder=folder, before=mistake_mirror_images)
+    found = json.loads((folder / "flip.json").read_text())
+    circles = 100 * result["classes"][2]["images"] / result["images"]
+    assert result["classes"][2]["name"] == "circle"
+    assert found["accuracy"] == result["accuracy"]
+    assert found["flip_accuracy"] == pytest.approx(circles)
 
 
 @pytest.mark.parametrize(
