@@ -84,7 +84,7 @@ class TrainingError(Exception):
 
 
 def process_rank() -> int:
-    """Return the number of this process among all; `set_up` refuses what is none."""
+    """Return RANK, or 0 without one; `set_up` reports one that is not a number."""
     rank = os.environ.get("RANK", "")
     return int(rank) if rank.isdecimal() else 0
 
@@ -96,7 +96,7 @@ def let_process_0_speak() -> None:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Show the module's docstring as it is, and the defaults that are values."""
+    """Show the module's docstring as it is, and each default but None and False."""
 
     def _get_help_string(self, action):
         plain = action.default is None or action.default is False
@@ -152,7 +152,7 @@ def train_sizes(text: str) -> str:
 
 DEVICE = matching(r"auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?", "one of auto, cpu, mps, cuda, cuda:N")
 FOLDER = matching(r"(?s).+", "a folder")
-PATH = matching(r"(?s)[^\ud800-\udfff]+", "a path in UTF-8")  # the log holds nothing else
+PATH = matching(r"(?s)[^\ud800-\udfff]+", "a path in UTF-8")  # TensorBoard stores no others
 
 
 def get_parser(**options) -> Parser:
@@ -226,7 +226,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | Non
     checkpoint = find_checkpoint(last_path(ckpt), first.resume)
     known = vars(first).keys() - {"ckpt", "resume"}  # version 1 has others
     stored = {n: v for n, v in checkpoint["args"].items() if n in known} if checkpoint else {}
-    parser.set_defaults(**adapt(RECIPES[first.recipe], first.epochs) | stored)  # the later wins
+    parser.set_defaults(**adapt(RECIPES[first.recipe], first.epochs) | stored)  # the latter wins
     args = parser.parse_args(argv)
     words = {"data": ("sample",), "cache": (), "logdir": (), "init": INITS}
     for name, others in words.items():  # absolute, so that they are found from any folder
@@ -268,7 +268,7 @@ def find_checkpoint(last: Path, resume: bool) -> dict | None:
     """Return the checkpoint to continue with: on --resume, or if torchrun has restarted us.
 
     Raises:
-        CheckpointError: there is none, or nothing tells whether it is of this launch.
+        CheckpointError: there is none, or it is unknown which launch of torchrun wrote it.
     """
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if not resume and not (restarted and last.exists()):
@@ -332,10 +332,7 @@ class Compute:
 
 
 def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
-    """Choose device and precision, and meet the other processes of torchrun or of a cluster.
-
-    These find each other by the variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which is
-    PyTorch's `env://`.
+    """Choose device and precision, and join the other processes of torchrun or of a cluster.
 
     Raises:
         TrainingError: the device or a variable is missing.
@@ -345,6 +342,8 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
             raise TrainingError(f"{name} is {value!r}, but must be a number")
     rank, world_size = process_rank(), int(os.environ.get("WORLD_SIZE") or 1)
     local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    if world_size == 1:  # tasks of SLURM that train alone may see one GPU each, or share all
+        local_rank %= max(1, torch.cuda.device_count())
     if rank >= world_size:
         raise TrainingError(f"RANK is {rank}, but must be below WORLD_SIZE, which is {world_size}")
     if device == "auto":
@@ -364,17 +363,26 @@ def set_up(device: str, precision: str, deterministic: bool = False) -> Compute:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     if world_size > 1:
-        nccl = chosen.type == "cuda" and dist.is_nccl_available()  # Windows has none
-        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-        try:
-            store, _, _ = next(dist.rendezvous("env://"))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine keeps its store
-                # over restarts, and with it the addresses of the dead
-                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-        except ValueError as error:
-            raise TrainingError(f"WORLD_SIZE is {world_size}, but {error}") from error
+        join_group(chosen, rank, world_size)
     return Compute(chosen, choose_precision(chosen, precision), rank, world_size, local_rank)
+
+
+def join_group(device: torch.device, rank: int, world_size: int) -> None:
+    """Wait for all processes. They find each other by MASTER_ADDR and MASTER_PORT (`env://`).
+
+    Raises:
+        TrainingError: a variable is missing.
+    """
+    nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    try:
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun on one machine keeps its store, so a restart would find the dead's addresses
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    except ValueError as error:
+        raise TrainingError(f"WORLD_SIZE is {world_size}, but {error}") from error
 
 
 def choose_precision(device: torch.device, choice: str) -> torch.dtype:
@@ -520,8 +528,8 @@ def test_size(args: argparse.Namespace) -> int:
 
 # ---------------------------------------------------------------------------------- training
 
-# kind of device -> how many images to augment at once. A GPU that gets few waits for Python. A CPU
-# that gets many is slower: 1.7 times as long for each image (Zen 4, 128 pixels)
+# kind of device -> images to augment in one call. With few, a GPU waits for Python. With as many, a
+# CPU is slower: 1.7 times as long for each image (Zen 4, 128 pixels), so it takes one batch
 TOGETHER = {"cuda": 256}
 
 
@@ -593,7 +601,7 @@ class Trainer:
         averaged: its averaged weights, an AlexNet too; None without --ema.
         evaluated: the one of the two that is validated and saved.
         epoch: the number of completed epochs.
-        step: the number of completed steps in the epoch after those.
+        step: the number of completed steps in the current epoch.
         sums: float32 (3,) on the device: loss, hits and images of these steps, of this process.
         seconds: the time spent on these steps.
     """
@@ -686,7 +694,7 @@ class Trainer:
             loss = copy.copy(self.training_loss)
             # the graph keeps them; a batch itself is a slice, and would keep its neighbours too
             kept = tuple(tensor.clone() for tensor in batch)
-            # to search the fastest convolutions takes a second: only for what comes often
+            # the search for the fastest convolutions takes a second: only for frequent shapes
             torch.backends.cudnn.benchmark = not self.args.deterministic
             with self.compute.autocast():
                 self.graphs[shape] = torch.cuda.make_graphed_callables(loss, kept)
@@ -767,7 +775,8 @@ class Trainer:
             TrainingError: the loss is not finite, and these weights must not replace good ones.
         """
         sums = self.compute.sum(self.sums)
-        self.check_finite(sums[0].item())
+        finite = all(weight.isfinite().all() for weight in self.network.parameters())
+        self.check_finite(sums[0].item() if finite else math.nan)
         return {
             "state_dict": self.network.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged else None,
@@ -808,13 +817,13 @@ def train_epoch(trainer: Trainer, stop: StopSignal) -> tuple[float, float]:
     """
     args, compute = trainer.args, trainer.compute
     title, total = f"epoch {trainer.epoch + 1}/{args.epochs}", len(trainer.rows) * args.repeats
-    before = done = trainer.step * args.batch_size
+    done = trainer.step * args.batch_size
     read = printed = time.perf_counter()
     started = read - trainer.seconds  # as if the epoch had begun without a break
     trainer.training_loss.train()
     quiet = True if compute.rank else None  # None: quiet where the output is no terminal
     with tqdm(
-        desc=title, total=total, initial=before, unit=" images", leave=False, disable=quiet
+        desc=title, total=total, initial=done, unit=" images", leave=False, disable=quiet
     ) as bar:
         for inputs, labels, images in trainer.batches():
             trainer.train_step(inputs, labels, images)
@@ -972,8 +981,8 @@ class Checkpoints:
     """The two files of a run: the best weights, for test.py, and the state, for --resume.
 
     Saving takes at most 5 % of the time: when it took t seconds, the next waits for 20 t. Until
-    then the best weights stay in memory. They are written before the state: after a kill between
-    the two they may be of a later epoch, and the resumed run takes them as its best.
+    then the best weights stay in memory. They are written before the state. If the process is
+    killed between the two, they may be of a later epoch; the resumed run takes them as its best.
 
     Args:
         about: what both files hold besides: classes, split, arguments and so on.
@@ -1102,30 +1111,35 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
         raise TrainingError(f"--batch-size must be a multiple of {compute.world_size} processes")
     store, manifest = open_data(args, checkpoint, compute)
     rows = store.rows(manifest["train"])
-    command = shlex.join(["python", *sys.argv])
+    source = {} if checkpoint or args.init in INITS else load(args.init)
+    trainer = Trainer(args, store, rows, compute, initial_network(args, store, rows, source))
     if checkpoint:
-        network = AlexNet(len(store.classes), args.stride, args.dropout)
-        trainer = Trainer(args, store, rows, compute, network)
         trainer.load_state_dict(checkpoint)
-        seen, run = checkpoint.get("seen", []), Path(checkpoint["run"]).name
-        if "command" in checkpoint:  # version 1's do not hold it, nor "seen"
-            command = f"{checkpoint['command']}; {command}"
-    else:
-        source = {} if args.init in INITS else load(args.init)
-        trainer = Trainer(args, store, rows, compute, initial_network(args, store, rows, source))
-        seen, run = seen_images(source), args.name or time.strftime("%Y-%m-%d_%H-%M-%S")
-        others = [store.checksums[path] for path in manifest["valid"] + manifest["test"]]
-        if known := sum(checksum in seen for checksum in others):
-            print0(
-                f"{args.init} was trained on {known} of {len(others)} validation and test images"
-            )
     done = trainer.epoch * trainer.steps + trainer.step
     if compute.max(done) > done:  # torchrun counts restarts on each machine by itself
         raise TrainingError(
             "other processes are further in this run; put --ckpt in a folder that all machines "
             "share, and --resume"
         )
-    return trainer, {
+    return trainer, about_run(args, store, manifest, checkpoint or {}, source)
+
+
+def about_run(args, store: ImageStore, manifest: dict, checkpoint: dict, source: dict) -> dict:
+    """Return what both files of a run hold besides weights and state.
+
+    Args:
+        checkpoint: the one that is resumed, or empty.
+        source: the one of `--init`, or empty.
+    """
+    command = shlex.join(["python", *sys.argv])
+    if "command" in checkpoint:  # version 1's do not hold it, nor "seen"
+        command = f"{checkpoint['command']}; {command}"
+    run = checkpoint.get("run") or args.name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    seen = seen_images(source).union(checkpoint.get("seen", []))
+    others = [store.checksums[path] for path in manifest["valid"] + manifest["test"]]
+    if source and (known := sum(checksum in seen for checksum in others)):
+        print0(f"{args.init} was trained on {known} of {len(others)} validation and test images")
+    return {
         "classes": store.classes,
         "stride": args.stride,
         "seed": args.seed,
@@ -1135,7 +1149,7 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
         "args": vars(args),
         "versions": VERSIONS,
         "command": command,  # of a resumed run, all of them
-        "run": str(Path(args.logdir, run)),
+        "run": str(Path(args.logdir, Path(run).name)),
         "split": manifest,
         "fingerprint": store.fingerprint,
         "checksums": store.checksums,
@@ -1150,8 +1164,7 @@ def print_opening(checkpoints: Checkpoints) -> None:
     train, valid, test = (len(about["split"][part]) for part in ("train", "valid", "test"))
     print0(
         f"recipe {args.recipe}: {args.epochs} epochs of {trainer.steps} steps, "
-        f"batch {args.batch_size}, "
-        f"{args.train_size} pixels (tested at {args.test_size}), "
+        f"batch {args.batch_size}, {args.train_size} pixels (tested at {args.test_size}), "
         f"{str(compute.dtype).removeprefix('torch.')} on {device_name(compute.device)}\n"
         f"{len(about['classes'])} classes, {train} training, {valid} validation and {test} test "
         f"images: one validation image is {100 / valid:.3g} points\n"
@@ -1182,8 +1195,7 @@ def main(argv: list[str] | None = None) -> None:
     with lock, StopSignal(compute) as stop:
         checkpoints = Checkpoints(trainer, about, checkpoint)
         log = Log(trainer, about) if compute.rank == 0 else None
-        if log:
-            print_opening(checkpoints)
+        print_opening(checkpoints)
         del checkpoint  # as large as the trainer
         history = checkpoints.history
         started = time.perf_counter() - trainer.seconds
@@ -1201,7 +1213,7 @@ def main(argv: list[str] | None = None) -> None:
                     log.epoch(history, checkpoints.best)
                 checkpoints.save_if_due(last=trainer.epoch == args.epochs)
                 print_epoch(history, args.epochs, is_best)
-        except BrokenPipeError:  # nobody reads the output; other processes do not know of it
+        except BrokenPipeError:  # nobody reads the output; other processes cannot know that
             if compute.world_size == 1 and (trainer.epoch or not checkpoints.earlier):
                 checkpoints.save()
             raise
@@ -1218,10 +1230,9 @@ def main(argv: list[str] | None = None) -> None:
     print_end(args, history, checkpoints.best)
 
 
-def shown(path: str | Path) -> str:
-    """Return a path as short as it can be from here."""
-    here = Path.cwd()
-    return str(Path(path).relative_to(here) if Path(path).is_relative_to(here) else path)
+def shown(path: str) -> str:
+    """Return an absolute path as short as it can be from here."""
+    return path.removeprefix(os.path.join(os.getcwd(), ""))
 
 
 def resume_command(ckpt: str) -> str:
@@ -1293,10 +1304,10 @@ def run_command(main) -> None:
 
 
 def leave_group(destroy: bool = True) -> None:
-    """Leave the other processes, where there are any, once gloo's threads have freed our tensors.
+    """Leave the other processes, where there are any.
 
-    They need the GIL for that, and the group's destructor waits for them while it holds the GIL.
-    Nothing tells when they are done; it takes them far less than this.
+    gloo's threads need the GIL to free our tensors, and the group's destructor holds it while it
+    waits for them: without the pause, the program may hang. No call tells when they are done.
     """
     if dist.is_available() and dist.is_initialized():
         time.sleep(0.5)
@@ -1305,7 +1316,7 @@ def leave_group(destroy: bool = True) -> None:
 
 
 def explain(error: Exception) -> str:
-    """Return what a user can do about an error of torch's; raise it again if that is nothing."""
+    """Return what a user can do about an error of torch's; raise any other again."""
     memory = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     if isinstance(error, MemoryError) or any(words in str(error) for words in memory):
         return "out of memory; try half the --batch-size, a smaller --train-size or --device cpu"
@@ -1318,7 +1329,7 @@ def explain(error: Exception) -> str:
 
 
 def ignore_writer(failure) -> None:
-    """Pass over an error in TensorBoard's writing thread, which also raises it in this one."""
+    """Hide an error in TensorBoard's writing thread: its next call raises it in the main one."""
     if type(failure.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(failure)
 

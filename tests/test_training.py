@@ -98,6 +98,24 @@ def test_a_run_is_resumed_on_a_device_of_another_kind(flags, monkeypatch):
         second.check_finite(float("nan"))
 
 
+def test_weights_that_the_last_step_broke_are_not_saved(flags, monkeypatch):
+    monkeypatch.setattr(model, "HIDDEN", 16)
+    args, _ = train.parse(flags)
+    trainer, _ = train.build_trainer(args, None, train.set_up("cpu", "fp32"))
+    trainer.train_step(*batch(trainer), 8)  # its loss is finite
+    trainer.network.features[0].bias.data.fill_(torch.inf)
+    with pytest.raises(train.TrainingError, match="not finite in epoch 1, step 1"):
+        trainer.state_dict()
+
+
+def test_a_task_of_slurm_that_trains_alone_takes_a_gpu_that_it_sees(monkeypatch):
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for seen, number in ((1, 0), (2, 1), (4, 3)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda seen=seen: seen)
+        assert train.set_up("cuda", "fp32").device == torch.device("cuda", number)
+
+
 # -------------------------------------------------------------------------- cases worked by hand
 
 
