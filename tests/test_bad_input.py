@@ -1,10 +1,8 @@
 """What a user may get wrong ends as one line and an exit status, and leaves no files behind."""
 
-import io
 import pickle
 import shutil
 import struct
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -158,49 +156,28 @@ class Hostile:
         return Path.touch, (self.path,)
 
 
-def bad_content(kind: str, checkpoint: dict, victim: Path) -> object:
-    """Return what a bad checkpoint of that kind holds: bytes, or what is saved."""
-    weights, archive = checkpoint["state_dict"], io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("readme.txt", "no checkpoint")
-    return {
-        "empty": b"",
-        "text": b"no checkpoint\n" * 100,
-        "another zip": archive.getvalue(),
-        "hostile": checkpoint | {"extra": Hostile(victim)},
-        "hostile pickle": pickle.dumps(Hostile(victim)),
-        "wrong shapes": {name: tensor[:1] for name, tensor in weights.items()},
-        "other weights": torch.nn.Linear(2, 2).state_dict(),
-        "a list": [1, 2],
-        "an empty dict": {},
-        "other classes": checkpoint | {"classes": [f"class {place}" for place in range(10)]},
-    }[kind]
-
-
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
         ("missing", "cannot be read"),
         ("truncated", "damaged"),
-        ("empty", "damaged"),
-        ("text", "damaged"),
-        ("another zip", "damaged"),
         ("hostile", "could run code"),
         ("hostile pickle", "bad.pth"),
-        ("wrong shapes", "not AlexNet's"),
-        ("other weights", "no AlexNet's weights"),
-        ("a list", "holds a list"),
-        ("an empty dict", "no AlexNet's weights"),
         ("other classes", "classes"),
     ],
 )
 def test_a_bad_checkpoint_is_refused(trained, tmp_path, kind, words):
+    """More kinds are in test_model.py."""
     path, victim = tmp_path / "bad.pth", tmp_path / "victim"
+    checkpoint = model.load(trained / "alexnet.pth")
     if kind == "truncated":
         path.write_bytes((trained / "alexnet.pth").read_bytes()[:100_000])
-    elif kind != "missing":
-        content = bad_content(kind, model.load(trained / "alexnet.pth"), victim)
-        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    elif kind == "hostile":
+        torch.save(checkpoint | {"extra": Hostile(victim)}, path)
+    elif kind == "hostile pickle":
+        path.write_bytes(pickle.dumps(Hostile(victim)))
+    elif kind == "other classes":
+        torch.save(checkpoint | {"classes": [f"class {place}" for place in range(10)]}, path)
     error = refuse("test", "--ckpt", path, folder=tmp_path)
     assert words in error
     assert "bad.pth" in error

@@ -318,17 +318,6 @@ def test_a_new_version_of_the_decoding_makes_the_cache_anew(album, monkeypatch):
     assert not before & set((album.parent / "cache").iterdir())
 
 
-def test_several_processes_may_build_one_cache_at_once(album):
-    cache, found = album.parent / "cache", []
-    work = partial(lambda: found.append(data.ImageStore(str(album), cache).fingerprint))
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [open_album(album).fingerprint] * 4
-
-
 def test_a_data_set_larger_than_memory_is_mapped(tmp_path):
     count = 40_000_000_000 // 150_528
     with open(tmp_path / "k.uint8", "wb") as file:

@@ -2,8 +2,10 @@
 
 import argparse
 import errno
+import io
 import os
 import pickle
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -178,6 +180,7 @@ def refusals(network) -> dict:
         "any object": (SimpleNamespace(weights=weights), "refused"),
         "another network": (nn.Linear(2, 2).state_dict(), "holds no AlexNet's weights"),
         "a dict in itself": (itself, "holds no AlexNet's weights"),
+        "an empty dict": ({}, "holds no AlexNet's weights"),
         "a tensor": (torch.zeros(3), "holds a Tensor, not a checkpoint"),
         "other sizes": (wider, "not AlexNet's: .*features.3.weight"),
         "a missing layer": (fewer, "not AlexNet's: .*features.3.bias"),
@@ -197,10 +200,18 @@ def test_what_is_not_alexnets_weights_is_refused_with_the_reason(zipped, network
             model.build(model.load(path))
 
 
+def another_zip() -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("readme.txt", "no checkpoint")
+    return archive.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"", "damaged, or not a PyTorch checkpoint"),
+        (another_zip(), "damaged"),
         (b"garbage" * 9, "damaged"),
         (b"PK\x03\x04" + bytes(99), "damaged"),
         (pickle.dumps({"state_dict": os.system}, 2), "refused|damaged"),
