@@ -56,7 +56,7 @@ PARTS = {  # a folder is a ready-made part of the split if a word of its name ma
     "valid": r"(val|valid|validate|validation|dev)(set|data|images)?",
     "test": r"(test|tests|testing|eval|evaluation)(set|data|images)?",
 }
-DECODING = 4  # the version of `decode`: a new one makes caches of older ones stale
+DECODE_VERSION = 4  # of `decode`; a new number gives each cache a new name
 SIZE = 224  # pixels, height and width of a stored image
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in torchvision's weights
 SUFFIXES = {  # of files that Pillow decodes without other programs
@@ -223,7 +223,7 @@ def classify(paths: list[str]) -> dict[str, tuple[str, str | None]]:
     tops = {path: path.partition("/")[0] for path in paths}
     parts = {top: part for top in sorted(set(tops.values())) if (part := part_of(top))}
     plain = {path: (top, None) for path, top in tops.items()}
-    if not parts:  # each class folder may have parts, train among them
+    if not parts:  # each class folder may be split itself, into train and at least another part
         inner = {path: part_of(path.split("/")[1]) for path in tops if path.count("/") > 1}
         found = {path: (tops[path], part) for path, part in inner.items() if part}
         complete = {label for label, _ in found.values()} == set(tops.values())
@@ -363,12 +363,12 @@ def decode(file: str | Path | io.BytesIO) -> torch.Tensor:
         image.load()  # damaged pixels raise here
         with contextlib.suppress(Exception):  # it turns the image first, then may fail on the rest
             ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "La":  # Pillow converts it to LA alone
+        if image.mode == "La":  # Pillow converts La only to LA
             image = image.convert("LA")
         if image.mode.startswith("I"):  # 16 bits a pixel: convert() cuts instead of scaling
             levels = pil_to_tensor(image.convert("I"))[0]
-            few = image.mode == "I" and 0 < levels.max() < 256
-            if few or levels.max() > 65_535 or levels.min() < 0:
+            ambiguous = image.mode == "I" and 0 < levels.max() < 256  # perhaps 8 bits a pixel
+            if ambiguous or levels.max() > 65_535 or levels.min() < 0:
                 raise ValueError("32-bit integers: which value is white is unknown")
             levels[levels == image.info.get("transparency", -1)] = 65_535
             image = Image.fromarray((levels >> 8).byte().numpy())
@@ -463,9 +463,9 @@ def remove_stale(target: Path) -> None:
 class ImageStore:
     """The images of a folder of class folders, decoded, in one memory-mapped file.
 
-    The file lies in `cache`. Its name is a digest of what it was made from, so it is never stale.
-    Pages are read when they are needed and can be dropped at any time, so a data set may be larger
-    than memory.
+    The file lies in `cache`. Its name is a digest of what it was made from, so once an image has
+    changed, another file is made, and `remove_stale` deletes the old one. Pages are read when they
+    are needed and can be dropped at any time, so a data set may be larger than memory.
 
     Args:
         data: what `--data` takes.
@@ -498,7 +498,7 @@ class ImageStore:
         self.parts = {path: part for path, (_, part) in images.items() if part}
         if len(self.classes) < 2:
             raise DataError(f"{self.root}: at least two class folders with images are needed")
-        key = digest([SIZE, DECODING, [self.stamp(path) for path in paths]])
+        key = digest([SIZE, DECODE_VERSION, [self.stamp(path) for path in paths]])
         target = Path(cache, f"{digest(os.path.realpath(self.root))}-{key}")
         self.pixels, found = self.map_cache(paths, target, retry=not skip_bad_images)
         found = dict(zip(paths, found, strict=True))
@@ -618,7 +618,8 @@ def split(store: ImageStore, seed: int) -> dict[str, list[str]]:
     order = [path for subset in drawn for path in subset]
     first = {labels[path]: path for path in reversed(order)}  # of each class
     if first.keys() - {labels[path] for path in drawn[0]}:  # train lacks a class
-        order.sort(key=lambda path: path != first[labels[path]])  # the others keep their order
+        # False sorts before True, so these come first; the others keep their order
+        order.sort(key=lambda path: path != first[labels[path]])
     rest = iter(order)
     for part, subset in zip(drawn_parts, drawn, strict=True):
         manifest[part] = list(itertools.islice(rest, len(subset)))
@@ -637,7 +638,7 @@ AUGMENTATIONS = {"crop": 4, "flip": 1, "color": 3, "gray": 1, "trivial": 2}
 CROP_SCALE, CROP_RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 GRAY = 0.1  # the share of images that lose their colour
 COLOR = 0.3  # factors are from 0.7 to 1.3
-OPERATIONS = {  # of which "trivial" does one, and their largest change, either way
+OPERATIONS = {  # "trivial" does one of these; the number is its largest change, up or down
     "rotation": math.radians(30), "shear_x": 0.3, "shear_y": 0.3,
     "x": 0.25, "y": 0.25,  # a shift, as a share of half a side
     "brightness": 0.6, "contrast": 0.7, "saturation": 0.7,
@@ -677,7 +678,7 @@ def to_inputs(
     """Return the network's inputs: float32 (B, 3, size, size), augmented and normalised.
 
     Args:
-        images: uint8 (B, 3, H, W).
+        images: uint8 (B, 3, S, S), of any size S.
         size: pixels, height and width.
         changes: what augmentation does to each image, as `find_changes` returns it.
     """
@@ -789,7 +790,8 @@ def cutmix(inputs: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, floa
     Returns:
         The inputs, changed in place, and the share of each image that is still its own.
     """
-    side, cut = inputs.shape[-1], math.sqrt(1 - rng.random())  # height and width, as a share
+    side = inputs.shape[-1]
+    cut = math.sqrt(1 - rng.random())  # the rectangle's side, as a share of the image's
     x, y = rng.random(), rng.random()
     left, right = (round(side * min(1, max(0, x + half))) for half in (-cut / 2, cut / 2))
     top, bottom = (round(side * min(1, max(0, y + half))) for half in (-cut / 2, cut / 2))

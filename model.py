@@ -103,9 +103,9 @@ def whiten(layer: nn.Conv2d, images: torch.Tensor) -> None:
     """
     # every 7th place: the layer's own stride gives many more patches, all much alike
     patches = F.unfold(images, layer.kernel_size, stride=7)  # (B, 3 * 11 * 11, places)
-    patches = patches.movedim(1, 2).flatten(0, 1)
+    patches = patches.movedim(1, 2).flatten(0, 1)  # (B * places, 3 * 11 * 11)
     variances, directions = torch.linalg.eigh(patches.T.double().cov())  # in ascending order
-    filters = (directions / (variances + 0.1).sqrt()).T.flip(0)  # 0.1 bounds the noise
+    filters = (directions / (variances + 0.1).sqrt()).T.flip(0)  # 0.1: noise stays small
     filters = filters[: layer.out_channels // 2]
     layer.weight.copy_(torch.cat([filters, -filters]).view_as(layer.weight))
 
@@ -123,8 +123,8 @@ def transfer(network: AlexNet, checkpoint: dict, classes: list[str], path="check
         CheckpointError: the weights are not AlexNet's, or not finite.
     """
     source = build(checkpoint, path).state_dict()
-    number = len(source["classifier.6.bias"])
-    whole = number == len(classes) and checkpoint.get("classes", classes) == classes
+    num_classes = len(source["classifier.6.bias"])
+    whole = num_classes == len(classes) and checkpoint.get("classes", classes) == classes
     if not whole:
         del source["classifier.6.weight"], source["classifier.6.bias"]
     network.load_state_dict(source, strict=False)
@@ -144,12 +144,12 @@ def save(checkpoint: dict, path: str | Path) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())  # a power cut must not leave the new name without content
-        for seconds in (1, 4, 0):  # on Windows, a program that reads the file keeps it from us
+        for seconds in (1, 4, 0):  # on Windows, this fails while a program reads the file
             try:
                 os.replace(temporary, path)
                 break
             except PermissionError:
-                if not seconds:
+                if not seconds:  # the last try
                     raise
                 time.sleep(seconds)
     except (OSError, RuntimeError) as error:  # torch turns some OSErrors into RuntimeErrors

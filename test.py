@@ -40,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     path = os.path.expanduser
     add("--ckpt", type=path, default="alexnet.pth", help="checkpoint to test")
-    add("--split", choices=["test", "valid", "train"], default="test", help="part of the split")
+    add("--split", choices=["test", "valid", "train"], default="test", help="images to test on")
     add("--data", type=path, help="as for train.py; default: where it was trained")
     add("--cache", type=path, help="folder for the decoded images; default: the training's")
     add("--json", type=path, nargs="?", const="-", help="print the results, or write this file")
@@ -94,7 +94,7 @@ def calibration_error(confidence: torch.Tensor, hits: torch.Tensor, bins: int = 
 
 
 def metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
-    """Return what `--json` holds, from logits (N, classes) and labels (N,); accuracies in percent.
+    """Return the metrics of logits (N, classes) and labels (N,); accuracies are in percent.
 
     The mean per-class accuracy is over the classes that have images.
     """
@@ -123,7 +123,7 @@ def metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> d
 
 
 def summary(result: dict, args: argparse.Namespace) -> str:
-    """Return what `--json` holds in lines for people."""
+    """Return the results, as `--json` holds them, in lines for people."""
     images, accuracy = result["images"], result["accuracy"]
     top5 = f"top-5 accuracy {result['top5_accuracy']:.2f} %  " if len(result["classes"]) > 5 else ""
     lines = [
@@ -166,8 +166,8 @@ def confusion_picture(matrix: torch.Tensor, classes: list[str]) -> torch.Tensor:
     left = pil_to_tensor(names)
     below = left[:, :side].rot90(dims=(1, 2))  # the names again, read upwards
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    ink = (255 * (1 - shares.sqrt())).byte()  # the root makes a single mistake visible
-    cells = torch.stack([ink, ink, torch.full_like(ink, 255)])  # white to blue
+    light = (255 * (1 - shares.sqrt())).byte()  # the root makes a single mistake visible
+    cells = torch.stack([light, light, torch.full_like(light, 255)])  # white to blue
     cells = cells.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
     picture = torch.cat([left, torch.cat([cells, below], 1)], 2)
     picture[:, : side + 1 : 5 * cell] = 204  # grey lines
@@ -244,7 +244,7 @@ def write(args: argparse.Namespace, results: object, rows: list[list]) -> None:
 def load_network(path: str, stride: int) -> tuple[AlexNet, dict]:
     """Return the network in a checkpoint, on the CPU, and the checkpoint.
 
-    Its "args" are those of the training, or those of the report for weights of another script.
+    For weights of another script, its "args" are data, cache, test_size and precision alone.
     """
     checkpoint = load(path)
     if "optimizer" in checkpoint:
@@ -262,21 +262,22 @@ def predict(args, network: AlexNet, checkpoint: dict, compute: train.Compute) ->
     classes = checkpoint.get("classes", [f"class {label}" for label in range(count)])
     files, answers, rows = [], [], []
     for path in map(Path, args.images):
-        files += (path.is_dir() and sorted(data.images_in(path))) or [path]
+        found = sorted(data.images_in(path)) if path.is_dir() else []
+        files += found or [path]  # a folder without images is an error below
     for file in files:
-        pixels, error = data.try_decode(file)
-        if isinstance(error, str):  # else the file's checksum
-            error = "no images in this folder" if file.is_dir() else error
+        pixels, checksum = data.try_decode(file)
+        if isinstance(checksum, str):  # the error instead
+            error = "no images in this folder" if file.is_dir() else checksum
             print(f"test.py: {file}: {error}", file=sys.stderr)
             answers.append({"path": str(file), "error": error})
             continue
         images = pixels.permute(2, 0, 1)[None].to(compute.device)
         with compute.autocast():
             logits = network(data.to_inputs(images, checkpoint["args"]["test_size"]))
-        likely = logits[0].float().softmax(0).topk(min(5, count))
+        probabilities, labels = logits[0].float().softmax(0).topk(min(5, count))
         guesses = [
             {"class": classes[label], "probability": probability}
-            for probability, label in zip(*map(torch.Tensor.tolist, likely), strict=True)
+            for probability, label in zip(probabilities.tolist(), labels.tolist(), strict=True)
         ]
         answers.append({"path": str(file), "predictions": guesses})
         rows.append([file, "", guesses[0]["class"], guesses[0]["probability"], ""])

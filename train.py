@@ -1,7 +1,8 @@
 """Train AlexNet from scratch on Caltech101, or on any folder of class folders.
 
-    python train.py --epochs 30 --lr 1e-4       # the report's experiment: 69.9 % on the test split
-    python train.py --recipe strong             # the same network, trained better: 85.0 %
+    python train.py --epochs 30 --lr 1e-4       # the report's experiment: 67 to 70 % on test images
+    python train.py --recipe strong             # the same network, trained better: 84 to 86 %
+    python train.py --data DIR --name mine      # your own images, a folder for each class
     python train.py --resume                    # continue where a run was interrupted
     torchrun --standalone --nproc-per-node=4 train.py --epochs 30 --lr 1e-4
 
@@ -34,7 +35,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages; torch reads it once, at import
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages; read at torch's first tensor
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ import data
 from data import DataError, ImageStore, generator, memory_format, seed_of, split, to_inputs
 from model import AlexNet, CheckpointError, init_he, load, save, transfer, whiten
 
-# these warnings come with CUDA graphs: results are right, but gradients wait on a second stream
+# these warnings come with CUDA graphs: results are right, but one stream waits for another
 warnings.filterwarnings("ignore", "Attempting to run cuBLAS|The AccumulateGrad node")
 
 # --------------------------------------------------------------------------- recipes and flags
@@ -69,10 +70,10 @@ RECIPES = {  # defaults of flags, for 30 epochs; `adapt` fits them to others
 }  # fmt: skip
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 INITS = ("default", "he", "whiten")  # or a file
-MAY_CHANGE = {"epochs", "data", "cache", "device", "ckpt", "logdir", "resume"}  # on --resume
+MAY_CHANGE = {"epochs", "data", "cache", "device", "logdir"}  # on --resume
 EVAL_BATCH = 128  # images in a batch without gradients
 VERSIONS = {  # what a result depends on besides the arguments
-    "program": 2,
+    "program": 2,  # 1 is commit 99acc2f and before; "command" and "seen" are not in its checkpoints
     "python": platform.python_version(),
     "torch": str(torch.__version__),
     "torchvision": torchvision.__version__,
@@ -163,22 +164,26 @@ def get_parser(**options) -> Parser:
     name = matching(r"(?!\.\.?$)[^/\\\ud800-\udfff]+", "a name, in UTF-8, without folders")
 
     add = parser.add_argument_group("experiment").add_argument
-    add("--recipe", choices=list(RECIPES), default="report", help="sets defaults of other flags")
+    add("--recipe", choices=list(RECIPES), default="report", help="sets defaults of other flags; "
+        "report: the lab report's; strong: the most accurate")  # fmt: skip
     add("--epochs", type=number(int, 1, 100_000), default=30, help="to train in all")
     add("--batch-size", type=number(int, 1, 65_536), default=64, help="images in a step, in total")
-    add("--lr", type=number(float, 1e-12, 100), help="peak learning rate of Adam")
+    add("--lr", type=number(float, 1e-12, 100), help="highest learning rate of Adam")
     add("--schedule", choices=["constant", "cosine"], help="learning rate after the warm-up")
     add("--warmup-epochs", type=number(float, 0, 10_000), help="while the learning rate rises")
     add("--weight-decay", type=number(float, 0, 100), help="decoupled, as in AdamW")
     add("--label-smoothing", type=number(float, 0, 0.99), help="as in PyTorch's CrossEntropyLoss")
     add("--logit-adjustment", type=number(float, 0, 10), help="helps rare classes; 0: off")
-    add("--augment", type=augment, help=f"none, or some of {','.join(data.AUGMENTATIONS)}")
+    add("--augment", type=augment, help="random changes of training images: none, or some of "
+        f"{','.join(data.AUGMENTATIONS)}; flip mirrors, trivial is TrivialAugment")  # fmt: skip
     add("--cutmix", type=number(float, 0, 1), help="share of the batches that CutMix mixes")
     add("--repeats", type=number(int, 1, 16), help="passes over the images in an epoch")
-    add("--train-size", type=train_sizes, help="pixels a side; A-B grows over 80 %% of the epochs")
+    add("--train-size", type=train_sizes, help="pixels a side, 64 to 224; A-B grows from A to B "
+        "over 80 %% of the epochs")  # fmt: skip
     add("--test-size", type=number(int, 64, data.SIZE), help="pixels a side in validation and "
         "test; default: the largest --train-size, up to an eighth more with crops")  # fmt: skip
-    add("--ema", type=number(float, 0, 0.99999), help="decay of averaged weights; 0: no averaging")
+    add("--ema", type=number(float, 0, 0.99999), help="decay of averaged weights, "
+        "which are then tested and saved; 0: no averaging")  # fmt: skip
     add("--init", type=PATH, help="initial weights: default (PyTorch's), he (He's), whiten (he, "
         "and whitening filters in the first layer), or FILE with weights of AlexNet")  # fmt: skip
     add("--stride", type=int, choices=[2, 4], default=2, help="of the first layer; torchvision: 4")
@@ -187,11 +192,12 @@ def get_parser(**options) -> Parser:
 
     add = parser.add_argument_group("data and machine").add_argument
     add("--data", type=FOLDER, default=data.DEFAULT_DATA, help="folder of class folders, or of "
-        "train, val and test with such; 'sample': generated images; data: Caltech101 is "
+        "train, val and test with such; 'sample': generated images; without --data: Caltech101, "
         "downloaded")  # fmt: skip
     add("--cache", type=PATH, default=data.DEFAULT_CACHE, help="folder for decoded images")
-    add("--skip-bad-images", action="store_true", help="continue without unreadable images")
-    add("--device", type=DEVICE, default="auto", help="cpu, mps, cuda, cuda:N; auto: the best")
+    add("--skip-bad-images", action="store_true", help="leave out images that cannot be read")
+    add("--device", type=DEVICE, default="auto", help="cpu, mps, cuda, cuda:N; "
+        "auto: CUDA, else MPS, else the CPU")  # fmt: skip
     add("--precision", choices=PRECISIONS, default="auto", help="auto: what is fast on the device; "
         "fp32 is TF32 on NVIDIA GPUs")  # fmt: skip
     add("--deterministic", action="store_true", help="repeatable on CUDA, as far as PyTorch can")
@@ -199,7 +205,8 @@ def get_parser(**options) -> Parser:
     add = parser.add_argument_group("output").add_argument
     add("--name", type=name, help="of the log folder (else date and time) and of NAME.pth")
     add("--ckpt", help="file of the best weights; default: NAME.pth, or alexnet.pth without --name")
-    add("--resume", action="store_true", help="continue the run of --ckpt from its NAME.last.pth")
+    add("--resume", action="store_true", help="continue the run of --name or --ckpt, "
+        "also a finished one, with more --epochs")  # fmt: skip
     add("--logdir", type=PATH, default="runs", help="folder of the runs, for TensorBoard")
     return parser
 
@@ -228,9 +235,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | Non
     stored = {n: v for n, v in checkpoint["args"].items() if n in known} if checkpoint else {}
     parser.set_defaults(**adapt(RECIPES[first.recipe], first.epochs) | stored)  # the latter wins
     args = parser.parse_args(argv)
-    words = {"data": ("sample",), "cache": (), "logdir": (), "init": INITS}
-    for name, others in words.items():  # absolute, so that they are found from any folder
-        if (value := getattr(args, name)) not in others:
+    keywords = {"data": ("sample",), "cache": (), "logdir": (), "init": INITS}  # not paths
+    for name, words in keywords.items():  # absolute paths are found from any folder
+        if (value := getattr(args, name)) not in words:
             setattr(args, name, os.path.abspath(os.path.expanduser(value)))
     for name, value in stored.items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
@@ -378,7 +385,7 @@ def join_group(device: torch.device, rank: int, world_size: int) -> None:
     try:
         store, _, _ = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun on one machine keeps its store, so a restart would find the dead's addresses
+            # torchrun's store outlives a restart; a prefix hides the addresses of ended processes
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     except ValueError as error:
@@ -574,12 +581,12 @@ class TrainingLoss(torch.nn.Module):
         self.criterion = torch.nn.CrossEntropyLoss(reduction="sum", label_smoothing=smoothing)
 
     def forward(self, inputs, labels, own) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss of a batch, float32 (), and what is shown of it, as in `Trainer.sums`.
+        """Return the summed loss of a batch, float32 (), and what it adds to `Trainer.sums`, (3,).
 
         Args:
             inputs, labels: as `Trainer.inputs` returns them.
-            own: float32 (), the share of each image that CutMix has left its own; the rest is from
-                the image at the same place from the end of the batch.
+            own: float32 (), the share of each image that is its own after CutMix; the rest of
+                image i is from image B - 1 - i.
         """
         logits = self.network(inputs)
         adjusted = logits + self.adjustment
@@ -610,7 +617,7 @@ class Trainer:
         self.args, self.store, self.rows, self.compute = args, store, rows, compute
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.sums = torch.zeros(3, device=compute.device)
-        self.steps = math.ceil(len(rows) * args.repeats / args.batch_size)  # in an epoch
+        self.steps_per_epoch = math.ceil(len(rows) * args.repeats / args.batch_size)
         self.augment = [name for name in args.augment.split(",") if name != "none"]
         labels = store.labels.cpu()[rows]
         counts = torch.zeros(len(store.classes)).index_add_(0, labels, torch.ones(len(labels)))
@@ -661,26 +668,27 @@ class Trainer:
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """Yield what `train_step` takes, from the current step to the end of the epoch.
 
-        A GPU augments several batches at once. They are the same ones wherever the epoch is
-        resumed, for their number may change how sums are rounded.
+        A GPU augments several batches in one call. These groups count from the start of the epoch,
+        so a resumed epoch has the same ones: with another number of images, sums may round
+        differently.
         """
         rows, changes = self.epoch_plan()
         size, rank, world_size = self.args.batch_size, self.compute.rank, self.compute.world_size
         together, begin = max(1, TOGETHER.get(self.compute.device.type, 0) // size), self.step
         per_process = size // world_size  # images of a batch
-        for first in range(begin - begin % together, self.steps, together):
+        for first in range(begin - begin % together, self.steps_per_epoch, together):
             share = slice(first * size + rank, (first + together) * size, world_size)
             inputs, labels = self.inputs(rows[share], {n: c[share] for n, c in changes.items()})
-            for step in range(max(first, begin), min(first + together, self.steps)):
+            for step in range(max(first, begin), min(first + together, self.steps_per_epoch)):
                 place = slice((step - first) * per_process, (step - first + 1) * per_process)
                 yield inputs[place], labels[place], min(size, len(rows) - step * size)
 
     def graphed(self, batch: tuple[torch.Tensor, ...]) -> torch.nn.Module:
-        """Return `training_loss`; on a GPU, recorded as two CUDA graphs.
+        """Return `training_loss`; on an NVIDIA GPU, recorded as two CUDA graphs.
 
-        Python starts a graph, the forward or the backward pass, in one call. A fast GPU would wait
-        for it kernel by kernel. A graph is for one shape of inputs and keeps its memory, so a
-        smaller last batch goes without; so do several processes.
+        Python starts a graph, the whole forward or backward pass, in one call. Without graphs, a
+        fast GPU waits for Python at each kernel. A graph is for one shape of inputs and keeps its
+        memory, so a smaller last batch has none. Several processes have none either.
         """
         shape = batch[0].shape
         # AMD's GPUs may fail to record
@@ -692,7 +700,7 @@ class Trainer:
             gc.collect()  # a graph is in a reference cycle, so its memory is not free before
             # a shallow copy shares the parameters; recording replaces its `forward`
             loss = copy.copy(self.training_loss)
-            # the graph keeps them; a batch itself is a slice, and would keep its neighbours too
+            # a graph keeps its inputs; a slice of a group would keep the whole group in memory
             kept = tuple(tensor.clone() for tensor in batch)
             # the search for the fastest convolutions takes a second: only for frequent shapes
             torch.backends.cudnn.benchmark = not self.args.deterministic
@@ -702,13 +710,15 @@ class Trainer:
         return self.graphs[shape]
 
     def train_step(self, inputs: torch.Tensor, labels: torch.Tensor, images: int) -> None:
-        """Take a step on this process's share of a batch. The CPU waits for a GPU only to record.
+        """Take a step on this process's share of a batch.
+
+        The CPU waits for a GPU only when `graphed` records a graph.
 
         Args:
-            images: their number in the shares of all processes together.
+            images: the number of images in the whole batch, of all processes.
         """
         args, compute = self.args, self.compute
-        progress = self.epoch + (self.step + 0.5) / self.steps
+        progress = self.epoch + (self.step + 0.5) / self.steps_per_epoch
         self.optimizer.param_groups[0]["lr"] = learning_rate(args, progress)
         rng, own = random.Random(seed_of("cutmix", args.seed, self.epoch, self.step)), 1.0
         if rng.random() < args.cutmix:
@@ -724,8 +734,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.averaged:
-            taken = self.epoch * self.steps + self.step
-            decay = min(args.ema, (1 + taken) / (10 + taken))  # warms up like timm's ModelEmaV3
+            taken = self.epoch * self.steps_per_epoch + self.step
+            decay = min(args.ema, (1 + taken) / (10 + taken))  # small at first, as in TensorFlow
             ours, theirs = (list(n.parameters()) for n in (self.averaged, self.network))
             get_ema_multi_avg_fn(decay)(ours, theirs, None)
         self.sums += sums.detach()  # all outputs of a graph require a gradient
@@ -741,7 +751,7 @@ class Trainer:
         names = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
         names += ("images_per_second", "seconds")
         speed = len(self.rows) * self.args.repeats / self.seconds
-        # event files hold float32: so all outputs agree to the last digit
+        # float32, as in TensorBoard's event files: these numbers are the same in every output
         row = dict(zip(names, torch.tensor([*train, *valid, speed, seconds]).tolist(), strict=True))
         rate = self.optimizer.param_groups[0]["lr"]
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
@@ -881,7 +891,7 @@ class Log:
         batch, _ = trainer.inputs(rows[:64], {name: c[:64] for name, c in changes.items()})
         self.train.add_image("first_batch", make_grid(data.to_pixels(batch), nrow=8), 0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TensorBoard's tracer is deprecated
+            warnings.simplefilter("ignore")  # add_graph uses torch.jit.trace, which is deprecated
             self.train.add_graph(network, batch[:1])
         names = ["recipe", "epochs", "batch_size", "seed", "stride", *RECIPES["report"]]
         chosen = {name: self.about["args"][name] for name in names}
@@ -908,9 +918,9 @@ class Log:
             contextlib.suppress(PermissionError),  # on Windows, Excel may have it open
             data.complete_file(self.folder / "history.csv", "w", newline="") as file,
         ):
-            rows = csv.DictWriter(file, row)
-            rows.writeheader()
-            rows.writerows(history)
+            writer = csv.DictWriter(file, fieldnames=row)
+            writer.writeheader()
+            writer.writerows(history)
         summary = {
             "command": about["command"],
             "arguments": about["args"],
@@ -943,7 +953,8 @@ def printable(value: object) -> str:
 
 def new_run_folder(wanted: str, resumed: bool) -> Path:
     """Make the folder of a run and return it; a second run of one name gets `-2` behind it."""
-    Path(wanted).parent.mkdir(parents=True, exist_ok=True)  # raises for a broken link
+    # not in the loop, which would try for ever where a broken link raises FileExistsError
+    Path(wanted).parent.mkdir(parents=True, exist_ok=True)
     for attempt in itertools.count(1):
         folder = Path(wanted if attempt == 1 else f"{wanted}-{attempt}")
         with contextlib.suppress(FileExistsError):
@@ -1044,7 +1055,7 @@ class Checkpoints:
         if self.trainer.compute.rank == 0:
             best = self.best or {"valid_accuracy": None, "valid_loss": None}
             job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-            more = {"history": self.history, "job": job, **state}  # its epoch replaces the best one
+            more = {"history": self.history, "job": job, **state}  # "epoch" is now the state's
             save(self.about | best | more, last_path(self.trainer.args.ckpt))
         self.saved_at = time.perf_counter()
         self.seconds = self.saved_at - started
@@ -1052,14 +1063,15 @@ class Checkpoints:
     def save_if_due(self, last: bool) -> None:
         """Write both files; but for the last time, only if that takes at most 5 % of the time."""
         due = last or time.perf_counter() - self.saved_at >= 20 * self.seconds
-        if self.trainer.compute.max(due and self.trainer.compute.rank == 0):
+        if self.trainer.compute.max(due and self.trainer.compute.rank == 0):  # process 0 decides
             self.save()
 
 
 def saved_best(ckpt: str, checkpoint: dict) -> dict | None:
     """Return epoch, accuracy and loss of the weights in `ckpt` if they are this run's.
 
-    They are of a later epoch than `checkpoint` if the process was killed between the two files.
+    They are of a later epoch than `checkpoint` if the process was killed after it had saved them
+    and before it saved its state.
     """
     with contextlib.suppress(CheckpointError, KeyError):  # missing, or another program's
         found = load(ckpt)
@@ -1115,8 +1127,9 @@ def build_trainer(args, checkpoint: dict | None, compute: Compute) -> tuple[Trai
     trainer = Trainer(args, store, rows, compute, initial_network(args, store, rows, source))
     if checkpoint:
         trainer.load_state_dict(checkpoint)
-    done = trainer.epoch * trainer.steps + trainer.step
-    if compute.max(done) > done:  # torchrun counts restarts on each machine by itself
+    done = trainer.epoch * trainer.steps_per_epoch + trainer.step
+    # torchrun counts restarts for each machine, so that not all may have loaded a checkpoint
+    if compute.max(done) > done:
         raise TrainingError(
             "other processes are further in this run; put --ckpt in a folder that all machines "
             "share, and --resume"
@@ -1163,7 +1176,7 @@ def print_opening(checkpoints: Checkpoints) -> None:
     args, compute = trainer.args, trainer.compute
     train, valid, test = (len(about["split"][part]) for part in ("train", "valid", "test"))
     print0(
-        f"recipe {args.recipe}: {args.epochs} epochs of {trainer.steps} steps, "
+        f"recipe {args.recipe}: {args.epochs} epochs of {trainer.steps_per_epoch} steps, "
         f"batch {args.batch_size}, {args.train_size} pixels (tested at {args.test_size}), "
         f"{str(compute.dtype).removeprefix('torch.')} on {device_name(compute.device)}\n"
         f"{len(about['classes'])} classes, {train} training, {valid} validation and {test} test "
@@ -1172,7 +1185,8 @@ def print_opening(checkpoints: Checkpoints) -> None:
         f"log in {shown(about['run'])}, best weights in {args.ckpt}"
     )
     if trainer.epoch or trainer.step:
-        print0(f"continuing after epoch {trainer.epoch}, step {trainer.step} of {trainer.steps}")
+        step = f"step {trainer.step} of {trainer.steps_per_epoch}"
+        print0(f"continuing after epoch {trainer.epoch}, {step}")
         if checkpoints.history and not checkpoints.best:
             print0(
                 f"{args.ckpt} does not hold this run's best weights; the best of the epochs from "
@@ -1180,7 +1194,7 @@ def print_opening(checkpoints: Checkpoints) -> None:
             )
     if checkpoints.earlier:
         print0(f"{args.ckpt} is of an earlier run, which this one replaces when it saves")
-    if trainer.steps == 1:
+    if trainer.steps_per_epoch == 1:
         print0(f"{train} images are one batch of {args.batch_size}: one step an epoch")
 
 

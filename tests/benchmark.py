@@ -98,7 +98,7 @@ def build(args: argparse.Namespace, precision: str = "auto") -> tuple[train.Trai
     compute = train.set_up(options.device, options.precision)
     trainer, about = train.build_trainer(options, None, compute)
     trainer.rows = trainer.rows[: len(trainer.rows) // BATCH * BATCH]
-    trainer.steps = len(trainer.rows) * options.repeats // BATCH
+    trainer.steps_per_epoch = len(trainer.rows) * options.repeats // BATCH
     return trainer, about["split"]
 
 

@@ -313,7 +313,7 @@ def test_caches_of_folders_that_are_gone_and_leftovers_are_removed(album):
 def test_a_new_version_of_the_decoding_makes_the_cache_anew(album, monkeypatch):
     open_album(album)
     before = set((album.parent / "cache").iterdir())
-    monkeypatch.setattr(data, "DECODING", data.DECODING + 1)
+    monkeypatch.setattr(data, "DECODE_VERSION", data.DECODE_VERSION + 1)
     open_album(album)
     assert not before & set((album.parent / "cache").iterdir())
 
