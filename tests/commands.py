@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a network gains nothing from more
+if sys.platform == "linux":  # else gloo warns where the name of the machine has no address
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 thorough = pytest.mark.skipif("THOROUGH" not in os.environ, reason="takes long; set THOROUGH=1")
 ROOT = Path(__file__).resolve().parent.parent
 # the fork server takes its path from here, so that tests run from any folder
