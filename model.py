@@ -186,7 +186,7 @@ def load(path: str | Path) -> dict:
             f"{path}: cannot be read ({error.strerror or error}){hint}"
         ) from error
     except Exception as error:  # a damaged file makes the readers raise anything
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
             raise
         reason = "damaged, or not a PyTorch checkpoint; use a backup or train again"
         unsafe = ("Unsupported global", "Unsupported class", "call reduce", "TorchScript")

@@ -1331,7 +1331,7 @@ def leave_group(destroy: bool = True) -> None:
 
 def explain(error: Exception) -> str:
     """Return what a user can do about an error of torch's; raise any other again."""
-    memory = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    memory = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
     if isinstance(error, MemoryError) or any(words in str(error) for words in memory):
         return "out of memory; try half the --batch-size, a smaller --train-size or --device cpu"
     if dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error)):

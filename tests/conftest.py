@@ -1,6 +1,7 @@
 """Fixtures: pictures drawn for the tests, and a small run on them."""
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -30,11 +31,17 @@ def photos(tmp_path_factory) -> Path:
     return data.draw_sample(tmp_path_factory.mktemp("photos") / "101_ObjectCategories", 8).parent
 
 
+@pytest.fixture
+def album(photos, tmp_path) -> Path:
+    """A copy of the photos, to change."""
+    return Path(shutil.copytree(photos / "101_ObjectCategories", tmp_path / "album"))
+
+
 @pytest.fixture(scope="session")
 def flags(photos, cache) -> list[str]:
     """Flags for a run that takes a second: 64 training images, 8 steps an epoch."""
     sizes = "--batch-size 8 --stride 4 --train-size 64 --test-size 96 --lr 1e-3"
-    return f"--data {photos} --cache {cache} {sizes}".split()
+    return ["--data", str(photos), "--cache", str(cache), *sizes.split()]
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """What a user may get wrong ends as one line and an exit status, and leaves no files behind."""
 
-import pickle
 import shutil
-import struct
-import zlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,8 +112,7 @@ def test_help_shows_defaults_even_zero_and_those_with_a_percent_sign(tmp_path):
         ROOT / "train.py",
         "--help",
         folder=tmp_path,
-        XDG_CACHE_HOME="/100%/cache",
-        LOCALAPPDATA="/100%/cache",
+        TORCH_HOME="/100%/cache",
     )
     assert helped.returncode == 0
     assert "/100%/cache" in helped.stdout
@@ -159,10 +156,7 @@ class Hostile:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("missing", "cannot be read"),
-        ("truncated", "damaged"),
         ("hostile", "could run code"),
-        ("hostile pickle", "bad.pth"),
         ("other classes", "classes"),
     ],
 )
@@ -170,14 +164,11 @@ def test_a_bad_checkpoint_is_refused(trained, tmp_path, kind, words):
     """More kinds are in test_model.py."""
     path, victim = tmp_path / "bad.pth", tmp_path / "victim"
     checkpoint = model.load(trained / "alexnet.pth")
-    if kind == "truncated":
-        path.write_bytes((trained / "alexnet.pth").read_bytes()[:100_000])
-    elif kind == "hostile":
-        torch.save(checkpoint | {"extra": Hostile(victim)}, path)
-    elif kind == "hostile pickle":
-        path.write_bytes(pickle.dumps(Hostile(victim)))
-    elif kind == "other classes":
-        torch.save(checkpoint | {"classes": [f"class {place}" for place in range(10)]}, path)
+    extra = {
+        "hostile": {"extra": Hostile(victim)},
+        "other classes": {"classes": [f"class {place}" for place in range(10)]},
+    }
+    torch.save(checkpoint | extra[kind], path)
     error = refuse("test", "--ckpt", path, folder=tmp_path)
     assert words in error
     assert "bad.pth" in error
@@ -219,12 +210,6 @@ def test_a_tested_image_that_is_gone_is_named(trained, photos, tmp_path):
 
 
 @pytest.fixture
-def album(photos, tmp_path) -> Path:
-    """A copy of the photos, to add to."""
-    return Path(shutil.copytree(photos / "101_ObjectCategories", tmp_path / "album"))
-
-
-@pytest.fixture
 def argv(flags, album, tmp_path) -> list:
     """Flags for an epoch on the album; the working folder is to be another."""
     return [*flags, "--data", album, "--cache", tmp_path / "cache", "--epochs", "1"]
@@ -236,26 +221,6 @@ def here(tmp_path) -> Path:
     return tmp_path / "here"
 
 
-def bomb() -> bytes:
-    """Return a PNG of 100 000 x 100 000 pixels in some hundred bytes."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content))
-            + kind
-            + content
-            + struct.pack(">I", zlib.crc32(kind + content))
-        )
-
-    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
-
-
 @pytest.fixture
 def bad_images(album) -> list[str]:
     """Images in the album that cannot be read, relative to it."""
@@ -265,7 +230,6 @@ def bad_images(album) -> list[str]:
         "arrow/empty.jpg": b"",
         "bar/text.jpg": b"no image",
         "bar/html.jpg": b"<!DOCTYPE html><html><body>404</body></html>",
-        "circle/bomb.png": bomb(),
     }
     for name, content in bad.items():
         (album / name).write_bytes(content)
@@ -275,7 +239,7 @@ def bad_images(album) -> list[str]:
 
 def test_all_bad_images_are_named_at_once_before_training(argv, here, bad_images):
     error = refuse("train", *argv, folder=here)
-    assert f"{len(bad_images)} of 86 images" in error
+    assert f"{len(bad_images)} of 85 images" in error
     assert all(name in error for name in bad_images)
 
 
@@ -286,6 +250,8 @@ def test_bad_images_may_be_skipped(argv, here, bad_images):
     used = {name for names in split.values() for name in names}
     assert len(used) == 80
     assert not used & set(bad_images)
+    assert not run("test", folder=here).stderr
+    run("train", "--resume", "--epochs", 2, folder=here)
 
 
 # ------------------------------------------------------------------------------------------ folders
@@ -296,12 +262,15 @@ def used(folder: Path) -> set[str]:
     return {name for part in model.load(folder / "alexnet.pth")["split"].values() for name in part}
 
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="names are text on other systems")
+
+
 @pytest.mark.parametrize(
     "name",
     [
         "Ünï 图片",
         "new\nline",
-        "b\udcff",
+        pytest.param("b\udcff", marks=linux),
         *(
             pytest.param(name, marks=thorough)
             for name in ("with space", "quote'\"", "%s {0}", "-dash")

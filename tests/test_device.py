@@ -16,6 +16,7 @@ import commands
 import pytest
 import torch
 import torch.distributed as dist
+from commands import same
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import data
@@ -32,7 +33,8 @@ STRONG = ["--recipe", "strong", "--cutmix", "1", "--repeats", "2"]  # all of it 
 
 def trainer_on(device: str, *flags, folder, cache, mode=None) -> train.Trainer:
     """Return the trainer that train.py makes; once the images are read, `mode` begins."""
-    args, _ = train.parse([*f"--data {folder} --cache {cache} --batch-size 8".split(), *flags])
+    where = ["--data", str(folder), "--cache", str(cache), "--batch-size", "8"]
+    args, _ = train.parse([*where, *flags])
     store = data.ImageStore(args.data, args.cache)
     rows = store.rows(data.split(store, args.seed)["train"])
     if mode:
@@ -265,15 +267,6 @@ def runs(flags, tmp_path_factory) -> dict[str, commands.Command]:
 def state(command: commands.Command) -> dict:
     """Return the checkpoint for --resume that a run has left."""
     return model.load(command.folder / "run.last.pth")
-
-
-def same(first, second) -> bool:
-    """Tell whether two entries of checkpoints are equal, bit for bit."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-    return first == second
 
 
 @cuda

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from commands import Command, after_step, one_line, run, send, thorough
+import torch
+from commands import Command, after_step, one_line, run, save_each_epoch, send, thorough
 
 import data
 import model
@@ -45,11 +46,11 @@ def pair(program, *argv, folder, before=(None, None), status=(0, 0), **variables
     return commands
 
 
-def torchrun(program, *argv, folder, options=(), status=0, **variables) -> tuple[str, list[str]]:
-    """Run a command line under torchrun; return its output and the program's error messages."""
+def torchrun(*argv, folder, options=(), status=0, **variables) -> tuple[str, list[str]]:
+    """Run train.py under torchrun; return its output and its error messages."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
-        [*command, *options, NARROW, program, *map(str, argv)],
+        [*command, *options, NARROW, *map(str, argv)],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
@@ -59,8 +60,8 @@ def torchrun(program, *argv, folder, options=(), status=0, **variables) -> tuple
     )
     assert result.returncode == status, result.stderr
     assert "[rank" not in result.stderr, result.stderr  # the head of a worker's traceback
-    words = f"{program}.py: "  # torchrun's own lines begin with others
-    return result.stdout, [line for line in result.stderr.splitlines() if line.startswith(words)]
+    messages = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
+    return result.stdout, messages  # without torchrun's own
 
 
 def count_decoded() -> None:
@@ -76,7 +77,7 @@ def count_decoded() -> None:
 
 def save_and_die(step: int) -> None:
     """Save each epoch, and die after a step."""
-    train.Checkpoints.save_if_due = lambda self, last: self.save()
+    save_each_epoch()
     after_step(step, send, signal.SIGKILL)
 
 
@@ -92,10 +93,9 @@ def odd_flags(photos, tmp_path_factory) -> list[str]:
     folder = shutil.copytree(photos, tmp_path_factory.mktemp("odd") / "photos")
     star = folder / "101_ObjectCategories" / "star"
     shutil.copy(star / "image_0001.jpg", star / "image_0009.jpg")
-    return (
-        f"--data {folder} --cache {folder / 'cache'} --batch-size 8 --stride 4 --train-size 64 "
-        "--test-size 96 --lr 1e-4 --augment crop,flip,color --precision fp32 --epochs 2"
-    ).split()
+    more = "--batch-size 8 --stride 4 --train-size 64 --test-size 96 --lr 1e-4 --epochs 2 "
+    more += "--augment crop,flip,color --precision fp32"
+    return ["--data", str(folder), "--cache", str(folder / "cache"), *more.split()]
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_restarted_workers_go_on_from_the_last_save_of_this_launch(
     earlier["state_dict"] = {name: 0 * tensor for name, tensor in earlier["state_dict"].items()}
     model.save({**earlier, "job": "an earlier launch"}, tmp_path / "alexnet.last.pth")
     launch = {"folder": tmp_path, "TORCHELASTIC_RUN_ID": "this launch"}
-    before = (train_saving, partial(save_and_die, step))
+    before = (save_each_epoch, partial(save_and_die, step))
     first, _ = pair("train", *odd_flags, before=before, status=(1, 137), **launch)
     assert "another process was lost" in one_line(first)
     first, _ = pair("train", *odd_flags, TORCHELASTIC_RESTART_COUNT="1", **launch)
@@ -181,18 +181,14 @@ def test_restarted_workers_go_on_from_the_last_save_of_this_launch(
     assert difference(tmp_path, unbroken) == difference(tmp_path, unbroken, "alexnet.pth") == 0
 
 
-def train_saving() -> None:
-    train.Checkpoints.save_if_due = lambda self, last: self.save()
-
-
 @thorough
 def test_torchrun_restarts_killed_workers_and_the_run_ends_as_an_unbroken_one(
     odd_flags, unbroken, tmp_path
 ):
     shutil.copy(unbroken / "alexnet.last.pth", tmp_path)
-    output, _ = torchrun(
-        "train", *odd_flags, folder=tmp_path, options=["--max-restarts=3"], KILL="5,13"
-    )  # in the first epoch, then in the second
+    options = ["--max-restarts=3"]
+    # killed in the first epoch, then in the second
+    output, _ = torchrun(*odd_flags, folder=tmp_path, options=options, KILL="5,13")
     assert difference(tmp_path, unbroken) == 0
     assert output.count("epoch 1/2") == output.count("epoch 2/2") == 1
 
@@ -228,6 +224,9 @@ def test_pytorch_may_be_built_without_distributed(monkeypatch):
     train.leave_group()
     with pytest.raises(RuntimeError, match="about gloo"):
         train.explain(RuntimeError("about gloo"))
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert "out of memory" in train.explain(failed.value)
     assert "not built for this GPU" in train.explain(RuntimeError("CUDA error: no kernel image"))
 
 
@@ -271,6 +270,6 @@ def test_a_wrong_variable_is_one_line(odd_flags, tmp_path, variable, value, word
 def test_torchrun_ends_all_processes_after_one_message(odd_flags, photos, tmp_path, argv):
     damaged = shutil.copytree(photos, tmp_path / "damaged") / "101_ObjectCategories" / "bar"
     (damaged / "image_0001.jpg").write_bytes(b"no image")
-    _, messages = torchrun("train", *odd_flags, *argv, folder=tmp_path, status=1)
+    _, messages = torchrun(*odd_flags, *argv, folder=tmp_path, status=1)
     (message,) = messages
     assert any(words in message for words in ("--epochs?", "image_0001.jpg", "multiple of 2"))

@@ -33,6 +33,6 @@ def test_a_subset_of_real_photographs_is_learned(caltech101, tmp_path):
         (subset / name).mkdir(parents=True)
         for path in sorted((data.locate(caltech101, "") / name).iterdir())[:60]:
             (subset / name / path.name).symlink_to(path)
-    flags = f"--data {subset} --cache {tmp_path}/cache --stride 4 --batch-size 16 --epochs 6"
-    commands.run("train", *flags.split(), "--lr", "3e-4", folder=tmp_path)
+    argv = ["--data", subset, "--cache", tmp_path / "cache", "--stride", 4, "--batch-size", 16]
+    commands.run("train", *argv, "--epochs", 6, "--lr", 3e-4, folder=tmp_path)
     assert torch.load(tmp_path / "alexnet.pth", weights_only=True)["valid_accuracy"] > 75

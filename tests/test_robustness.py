@@ -1,7 +1,6 @@
 """Runs that are interrupted, killed, starved of disk or memory, or resumed in another place."""
 
 import csv
-import ctypes
 import filecmp
 import itertools
 import json
@@ -16,7 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Command, after_step, one_line, run, score_as, send, thorough
+from commands import (
+    Command,
+    after_step,
+    lose_privileges,
+    one_line,
+    run,
+    same,
+    save_each_epoch,
+    score_as,
+    send,
+    thorough,
+)
 
 import data
 import model
@@ -30,10 +40,6 @@ KILLS = 12 if "THOROUGH" in os.environ else 4  # for each recipe
 # ------------------------------------------- what happens inside a command: passed as `before`
 
 
-def save_each_epoch() -> None:
-    train.Checkpoints.save_if_due = lambda self, last: self.save()
-
-
 def at_validation(action, *args) -> None:
     evaluate = train.evaluate
 
@@ -44,11 +50,10 @@ def at_validation(action, *args) -> None:
     train.evaluate = eventful
 
 
-def at_image(number: int, action, *args, pause: float = 0.0) -> None:
+def at_image(number: int, action, *args) -> None:
     decode, count = data.decode, itertools.count(1)
 
     def eventful(file):
-        time.sleep(pause)
         if next(count) == number:
             action(*args)
         return decode(file)
@@ -130,12 +135,6 @@ def report_little_space() -> None:
     shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 10**6)
 
 
-def lose_privileges() -> None:
-    """Root may write to any folder, unless it has no capabilities."""
-    header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    assert ctypes.CDLL(None).capset(header, nothing) == 0
-
-
 def interrupt_twice() -> None:
     send(signal.SIGINT)
     send(signal.SIGINT)
@@ -163,19 +162,6 @@ def wait_for_file(path: str) -> None:
 
 
 # ------------------------------------------------------------------------------ comparing runs
-
-
-def same(first, second) -> bool:
-    """Tell whether two checkpoints, or parts of them, are equal in every bit."""
-    if type(first) is not type(second):
-        return False
-    if isinstance(first, torch.Tensor):
-        return first.dtype == second.dtype and torch.equal(first, second)
-    if isinstance(first, dict):
-        return list(first) == list(second) and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second
 
 
 def outcome(folder: Path) -> dict:
@@ -584,12 +570,6 @@ def test_a_read_only_folder_is_one_line(flags, tmp_path, flag):
     assert re.search(r"locked/net.pth.*Permission denied", one_line(failed))
 
 
-def test_a_log_folder_that_is_a_file_is_one_line(flags, tmp_path):
-    (tmp_path / "runs").write_text("mine")
-    assert str(tmp_path / "runs") in one_line(run("train", *flags, folder=tmp_path, status=1))
-    assert (tmp_path / "runs").read_text() == "mine"
-
-
 def test_a_second_run_on_a_checkpoint_is_refused_and_harms_nothing(flags, trained, tmp_path):
     argv = [*flags, "--epochs", 3]
     before = partial(after_step, 3, wait_for_file, "go")
@@ -649,10 +629,11 @@ def test_two_processes_may_fill_one_cache_and_one_of_them_be_interrupted(
     flags, trained, cache, tmp_path
 ):
     argv, fresh = [*flags, "--epochs", 1, "--cache", tmp_path / "cache"], tmp_path / "cache"
-    slow = partial(at_image, 0, send, 0, pause=0.02)
+    slow = partial(at_image, 70, wait_for_file, "go")
     others = [Command("train", *argv, "--name", n, folder=tmp_path, before=slow) for n in "ab"]
     others[0].wait_for(lambda: list(fresh.glob("*.tmp")))
     run("train", *argv, folder=tmp_path, before=partial(at_image, 5, send, 2), status=130)
+    (tmp_path / "go").touch()
     assert [other.wait() for other in others] == [0, 0], [other.stderr for other in others]
     assert_decoded(fresh, cache)
     best = [model.load(tmp_path / f"{name}.pth")["state_dict"] for name in "ab"]

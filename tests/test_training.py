@@ -15,7 +15,7 @@ import ablation
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import after_step, run, score_as, send
+from commands import after_step, run, same, score_as, send
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
@@ -60,10 +60,6 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-def equal(first: dict, second: dict) -> bool:
-    return all(torch.equal(first[name], second[name]) for name in first | second)
-
-
 @pytest.fixture
 def make(flags, monkeypatch):
     """A function that returns the trainer of those flags, with narrow layers, in fp32."""
@@ -95,7 +91,7 @@ def test_a_run_is_resumed_on_a_device_of_another_kind(flags, monkeypatch):
     second.load_state_dict(state)
     for trainer in (first, second):
         trainer.train_step(*batch(trainer), 8)
-    assert equal(first.network.state_dict(), second.network.state_dict())
+    assert same(first.network.state_dict(), second.network.state_dict())
     with pytest.raises(train.TrainingError, match="--lr or --precision fp32"):
         second.check_finite(float("nan"))
 
@@ -345,7 +341,7 @@ def test_the_first_of_the_best_epochs_is_saved_and_logged_also_over_breaks(flags
         run("train", *again, folder=tmp_path, before=before, status=143)
         run("train", *again, folder=tmp_path, before=partial(score_as, accuracies[1:]))
         check(*((2, 50.0) if end == 4 else (5, 60.0)))
-    assert not equal(weights(tmp_path / "net.pth"), weights(tmp_path / "net.last.pth"))
+    assert not same(weights(tmp_path / "net.pth"), weights(tmp_path / "net.last.pth"))
 
 
 def stop_and_score(step: int, accuracies: list[float]) -> None:
@@ -451,12 +447,33 @@ def test_the_seed_decides_the_run_and_a_second_run_gets_a_folder_of_its_own(
     flags, trained, tmp_path
 ):
     for seed, ckpt in ((0, "zero.pth"), (1, "one.pth")):
-        argv = ["--epochs", 3, "--seed", seed, "--name", "same", "--ckpt", ckpt]
+        argv = ["--epochs", 1, "--seed", seed, "--name", "same", "--ckpt", ckpt]
         run("train", *flags, *argv, folder=tmp_path)
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"same", "same-2"}
-    assert equal(weights(tmp_path / "zero.last.pth"), weights(trained / "alexnet.last.pth"))
     splits = [model.load(tmp_path / name)["split"] for name in ("zero.pth", "one.pth")]
     assert splits[0] == model.load(trained / "alexnet.pth")["split"] != splits[1]
+
+
+def test_random_numbers_depend_on_the_seed_the_place_in_the_run_and_the_process(make, monkeypatch):
+    first, second = make("--cutmix", 1), make("--cutmix", 1, "--seed", 1)
+    initial = (trainer.network.features[0].weight for trainer in (first, second))
+    assert not torch.equal(*initial)
+    second.rows = first.rows  # whose split is another
+    assert not torch.equal(first.epoch_plan()[0], second.epoch_plan()[0])
+
+    keys = []
+    monkeypatch.setattr(train, "seed_of", lambda *key: keys.append(key) or data.seed_of(*key))
+    inputs, labels = batch(first)
+    for trainer in (first, first, second):
+        trainer.train_step(inputs.clone(), labels, 8)
+    first.epoch, first.step = 1, 0
+    first.train_step(inputs.clone(), labels, 8)
+    assert {key[0] for key in keys} == {"cutmix", "dropout"}
+    assert len(set(keys)) == 8
+    first.step = 0  # the same step in another process: other dropout, but the same rectangle
+    first.compute = replace(first.compute, rank=1)
+    first.train_step(inputs.clone(), labels, 8)
+    assert len(set(keys)) == 9
 
 
 # --------------------------------------------------------------------------- recipes and precision
@@ -495,9 +512,9 @@ def test_the_ablation_takes_out_each_ingredient_of_the_strong_recipe():
 def test_few_epochs_of_the_strong_recipe_learn(cache, tmp_path):
     """Averaged without a warm-up, the weights would still be near the initial ones, at chance."""
     folder = data.draw_sample(tmp_path / "photos", 40)
-    flags = f"--data {folder} --cache {cache} --recipe strong --epochs 6 --name net --lr 1e-3 "
-    flags += "--batch-size 16 --stride 4 --train-size 64 --augment none --cutmix 0 --dropout 0"
-    run("train", *flags.split(), folder=tmp_path)
+    flags = "--recipe strong --epochs 6 --name net --lr 1e-3 --batch-size 16 --stride 4 "
+    flags += "--train-size 64 --augment none --cutmix 0 --dropout 0"
+    run("train", "--data", folder, "--cache", cache, *flags.split(), folder=tmp_path)
     last = {name: float(value) for name, value in history(tmp_path / "runs" / "net")[-1].items()}
     assert last["train_accuracy"] > 30
     assert last["valid_accuracy"] > 0.6 * last["train_accuracy"]
