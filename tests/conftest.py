@@ -14,6 +14,8 @@ import commands
 
 import data
 
+for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_LOCALID", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(variable, None)  # of a cluster that the tests run on
 for signum in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):  # Windows has no SIGHUP
     if signal.getsignal(signum) is signal.SIG_IGN:  # behind a shell's & or nohup, and in children
         signal.signal(signum, lambda *_: None)  # children begin with the default again

@@ -165,6 +165,7 @@ def test_a_signal_to_one_process_saves_once_and_the_run_goes_on(
     assert difference(one, unbroken) > 0
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize(("step", "epoch"), [pytest.param(5, 0, marks=thorough), (13, 1)])
 def test_restarted_workers_go_on_from_the_last_save_of_this_launch(
     odd_flags, unbroken, tmp_path, step, epoch

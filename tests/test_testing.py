@@ -2,13 +2,17 @@
 
 import csv
 import json
+import random
+import re
 import shutil
 from types import SimpleNamespace
 
 import commands
 import pytest
 import torch
+import torchvision
 from commands import ROOT
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data
@@ -286,6 +290,23 @@ def test_images_need_no_data_set(trained, photos, tmp_path):
     assert row["path"] == answer["path"] == "image_0001.jpg"
     assert row["predicted_class"] == answer["predictions"][0]["class"]
     assert float(row["confidence"]) == answer["predictions"][0]["probability"]
+
+
+def test_the_readmes_script_prints_what_test_py_prints_first(tested, tmp_path, monkeypatch, capsys):
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    monkeypatch.setattr(torchvision.models, "alexnet", model.AlexNet)
+    monkeypatch.setattr(model, "HIDDEN", 64)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tested[2] / "alexnet.pth", tmp_path)
+    turned, noise = Image.Exif(), Image.frombytes("RGB", (15, 9), random.Random(0).randbytes(405))
+    turned[0x112] = 6
+    noise.resize((1500, 900)).save("cat.jpg", exif=turned)
+    exec(script, names := {})
+    argv = ["--device", "cpu", "--precision", "fp32", "--images", "cat.jpg", "--json", "a.json"]
+    printed = commands.run("test", *argv, folder=tmp_path).stdout.splitlines()
+    assert capsys.readouterr().out.strip() == printed[1].strip()
+    (answer,) = json.loads((tmp_path / "a.json").read_text())
+    assert names["probability"].item() == pytest.approx(answer["predictions"][0]["probability"])
 
 
 def forget_data():
