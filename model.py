@@ -105,7 +105,7 @@ def whiten(layer: nn.Conv2d, images: torch.Tensor) -> None:
     patches = F.unfold(images, layer.kernel_size, stride=7)  # (B, 3 * 11 * 11, places)
     patches = patches.movedim(1, 2).flatten(0, 1)  # (B * places, 3 * 11 * 11)
     variances, directions = torch.linalg.eigh(patches.T.double().cov())  # in ascending order
-    filters = (directions / (variances + 0.1).sqrt()).T.flip(0)  # 0.1: noise stays small
+    filters = (directions / (variances + 0.1).sqrt()).T.flip(0)  # 0.1: less is noise
     filters = filters[: layer.out_channels // 2]
     layer.weight.copy_(torch.cat([filters, -filters]).view_as(layer.weight))
 

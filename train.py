@@ -164,8 +164,7 @@ def get_parser(**options) -> Parser:
     name = matching(r"(?!\.\.?$)[^/\\\ud800-\udfff]+", "a name, in UTF-8, without folders")
 
     add = parser.add_argument_group("experiment").add_argument
-    add("--recipe", choices=list(RECIPES), default="report", help="sets defaults of other flags; "
-        "report: the lab report's; strong: the most accurate")  # fmt: skip
+    add("--recipe", choices=list(RECIPES), default="report", help="sets defaults of other flags")
     add("--epochs", type=number(int, 1, 100_000), default=30, help="to train in all")
     add("--batch-size", type=number(int, 1, 65_536), default=64, help="images in a step, in total")
     add("--lr", type=number(float, 1e-12, 100), help="highest learning rate of Adam")
@@ -178,12 +177,10 @@ def get_parser(**options) -> Parser:
         f"{','.join(data.AUGMENTATIONS)}; flip mirrors, trivial is TrivialAugment")  # fmt: skip
     add("--cutmix", type=number(float, 0, 1), help="share of the batches that CutMix mixes")
     add("--repeats", type=number(int, 1, 16), help="passes over the images in an epoch")
-    add("--train-size", type=train_sizes, help="pixels a side, 64 to 224; A-B grows from A to B "
-        "over 80 %% of the epochs")  # fmt: skip
+    add("--train-size", type=train_sizes, help="pixels a side; A-B grows over 80 %% of the epochs")
     add("--test-size", type=number(int, 64, data.SIZE), help="pixels a side in validation and "
         "test; default: the largest --train-size, up to an eighth more with crops")  # fmt: skip
-    add("--ema", type=number(float, 0, 0.99999), help="decay of averaged weights, "
-        "which are then tested and saved; 0: no averaging")  # fmt: skip
+    add("--ema", type=number(float, 0, 0.99999), help="decay of averaged weights; 0: no averaging")
     add("--init", type=PATH, help="initial weights: default (PyTorch's), he (He's), whiten (he, "
         "and whitening filters in the first layer), or FILE with weights of AlexNet")  # fmt: skip
     add("--stride", type=int, choices=[2, 4], default=2, help="of the first layer; torchvision: 4")
@@ -196,8 +193,7 @@ def get_parser(**options) -> Parser:
         "downloaded")  # fmt: skip
     add("--cache", type=PATH, default=data.DEFAULT_CACHE, help="folder for decoded images")
     add("--skip-bad-images", action="store_true", help="leave out images that cannot be read")
-    add("--device", type=DEVICE, default="auto", help="cpu, mps, cuda, cuda:N; "
-        "auto: CUDA, else MPS, else the CPU")  # fmt: skip
+    add("--device", type=DEVICE, default="auto", help="cpu, mps, cuda, cuda:N; auto: the best")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: what is fast on the device; "
         "fp32 is TF32 on NVIDIA GPUs")  # fmt: skip
     add("--deterministic", action="store_true", help="repeatable on CUDA, as far as PyTorch can")
@@ -205,8 +201,7 @@ def get_parser(**options) -> Parser:
     add = parser.add_argument_group("output").add_argument
     add("--name", type=name, help="of the log folder (else date and time) and of NAME.pth")
     add("--ckpt", help="file of the best weights; default: NAME.pth, or alexnet.pth without --name")
-    add("--resume", action="store_true", help="continue the run of --name or --ckpt, "
-        "also a finished one, with more --epochs")  # fmt: skip
+    add("--resume", action="store_true", help="continue the run of --name or --ckpt")
     add("--logdir", type=PATH, default="runs", help="folder of the runs, for TensorBoard")
     return parser
 
